@@ -206,19 +206,22 @@ class TinyLoRA(nn.Module):
 # update, this 95 %.
 
 
-def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside the transformer blocks, by name, in depth order: never embeddings or a head.
-
-    The blocks are the longest nn.ModuleList that is not inside another. Raises InputError where it has no
-    Linear. """
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the transformer blocks: the longest nn.ModuleList that is not inside another one."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     require(outer, f"{type(model).__name__} has no nn.ModuleList of transformer blocks")
-    blocks = max(outer, key=lambda name: len(lists[name]))
-    modules = {f"{blocks}.{name}": m for name, m in lists[blocks].named_modules()}
-    targets = {name: m for name, m in modules.items() if isinstance(m, nn.Linear)}
-    kinds = sorted({type(m).__name__ for m in modules.values() if getattr(m, "weight", None) is not None})
-    require(targets, f"{type(model).__name__}: '{blocks}' holds no nn.Linear, only {', '.join(kinds)}")
+    name = max(outer, key=lambda name: len(lists[name]))
+    return name, lists[name]
+
+
+def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every nn.Linear inside the blocks, by name, in depth order: never embeddings or a head. Raises
+    InputError where there is none."""
+    prefix, blocks = find_blocks(model)
+    targets = {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+    kinds = sorted({type(m).__name__ for m in blocks.modules() if getattr(m, "weight", None) is not None})
+    require(targets, f"{type(model).__name__}: '{prefix}' holds no nn.Linear, only {', '.join(kinds)}")
     return targets
 
 
@@ -445,8 +448,8 @@ def read_adapters(path: str | Path) -> tuple[dict[str, Any], torch.Tensor, torch
 
 
 class FullFineTuning:
-    """The baseline: the same loop, but all weights are trained in place (--method full, in fp32). What
-    `boost` asks of a learner and no more."""
+    """The baseline: the same loop trains all weights in place (--method full, in fp32). It is what `boost`
+    asks of a learner, and no more. A run that is broken off between its two files starts over."""
 
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.done = model.requires_grad_(False), config, 0
@@ -523,22 +526,19 @@ def sample(logits: torch.Tensor, temperature: float,
 
 @contextlib.contextmanager
 def inference(model: nn.Module, recompute: bool = False) -> Iterator[None]:
-    """Dropout off, in training too: the policy that learns must be the one that was sampled. All modes are as
-    before afterwards. `recompute`: transformers' checkpointing, which wants `training` of the blocks
-    alone."""
-    before = [(m, m.training) for m in model.modules()]
+    """Dropout off, in training too: the policy that learns must be the one that was sampled. `recompute`:
+    keep a block's input only, and run it again in the backward pass. The model is as before afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    blocks = find_blocks(model)[1] if recompute else []
     model.eval()
-    if recompute:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: loses the gradient
-        for m in model.modules():
-            m.training = isinstance(m, GradientCheckpointingLayer)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # reentrant loses gradients
     try:
         yield
     finally:
-        if recompute:
-            model.gradient_checkpointing_disable()
-        for m, mode in before:
+        for block in blocks:
+            del block.forward
+        for m, mode in modes:
             m.training = mode
 
 
@@ -569,8 +569,8 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
             decoded = decode(model, batch, n, temperature, max_new_tokens, stops, draws, bar)
             rows.update(zip(numbers, decoded, strict=True))
     rows = {number: row for part in gather(rows) for number, row in part.items()}
-    texts = tokenizer.batch_decode([rows[i][0] for i in range(len(rows))], skip_special_tokens=True)
-    return [Completion(text, *rows[i]) for i, text in enumerate(texts)]
+    ordered = [rows[number] for number in range(len(rows))]
+    return [Completion(tokenizer.decode(row[0], skip_special_tokens=True), *row) for row in ordered]
 
 
 @torch.no_grad()
@@ -951,8 +951,6 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
                 seconds.update(stats.pop("seconds", {}))
                 start = time.perf_counter()
                 booster.merge()
-                if process() == 0:
-                    booster.save(out / "adapters.safetensors")
                 seconds["merge"] = time.perf_counter() - start
             start = time.perf_counter()
             right, metrics = task.evaluate(train)
@@ -970,6 +968,8 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
             seconds["evaluate"] = time.perf_counter() - start
             record |= {**booster.summary(), **stats, "seconds": seconds, "failed": failed}
             records.append(record)
+            if t >= 0 and process() == 0:
+                booster.save(out / "adapters.safetensors")
             save_file(out / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in records))
             say(describe(records, rounds))
             if t < 0 and failed and rounds:  # a completion costs about half as much again to train on
@@ -1087,10 +1087,13 @@ class RunConfig:
 def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], demo: dict[str, Any]) -> tuple:
     """The flags, as one instance of each dataclass. --demo changes defaults, not what the user says."""
     from transformers import HfArgumentParser
+    from transformers.utils.logging import disable_progress_bar
 
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
 
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
     parser.set_defaults(**{**defaults, **(demo if "--demo" in sys.argv else {})})
     return parser.parse_args_into_dataclasses(look_for_args_file=False)
