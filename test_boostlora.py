@@ -1061,3 +1061,28 @@ def test_the_real_path_on_the_real_data(small_qwen, tmp_path, monkeypatch, capsy
     run_math(monkeypatch, "--model", small_qwen, "--train_file", DATA / "gsm8k_train.jsonl", "--test_file",
              DATA / "gsm8k_test.jsonl", "--limit", 32, "--test_limit", 16, "--out", tmp_path / "run", *QUICK)
     assert "Nothing could be learned" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The README
+
+
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(toy, tmp_path, monkeypatch):
+    example = readme_blocks()[0]
+    assert len(example.splitlines()) <= 30
+    shutil.copytree(toy, tmp_path / "runs" / "math-demo" / "base")
+    monkeypatch.chdir(tmp_path)
+    exec(example, {"__name__": "example"})
+    assert len((tmp_path / "runs" / "mine" / "rounds.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_readme_names_functions_that_exist():
+    table = (HERE / "README.md").read_text().split("## From the paper to the code")[1].split("\n\n")[1]
+    for name in re.findall(r"`([A-Za-z_.]+)`", " ".join(row.split("|")[2] for row in table.splitlines())):
+        owner, _, attribute = name.partition(".")
+        assert hasattr(boostlora, owner)
+        assert not attribute or hasattr(trained(qwen(), rounds=1), attribute)
