@@ -85,12 +85,12 @@ class GRPOConfig:
     """GRPO on fresh completions. The defaults are choices for a 3B model on one GPU, where nobody tuned
     them."""
 
-    steps: int = setting(12, "optimiser steps per round: with 16 prompts each, half a pass over 375 failures")
-    prompts: int = setting(16, "prompts per step; with fewer failures than this, a step takes them all")
+    steps: int = setting(8, "optimiser steps per round: of 32 prompts each, most of a pass over 375 failures")
+    prompts: int = setting(32, "prompts per step; with fewer failures than this, a step takes them all")
     group_size: int = setting(8, "completions per prompt: failures are hard, 4 would often all be wrong")
-    max_new_tokens: int = setting(1024, "tokens per completion: GSM8K needs 300, MATH-500 seldom over 1,000")
+    max_new_tokens: int = setting(512, "tokens per completion: enough for GSM8K; MATH-500 needs 2048")
     temperature: float = setting(1.0, "of sampling; 1: the policy itself")
-    lr: float = setting(2e-3, "Adam's: 12 steps move v by up to .024, which one-round TinyLoRA takes 500 for")
+    lr: float = setting(3e-3, "Adam's: 8 steps move v by up to .024, which one-round TinyLoRA takes 500 for")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     micro_batch_tokens: int = setting(16384, "tokens per backward pass, padding included; less saves memory")
     recompute: bool = setting(True, "recompute activations in the backward pass: slower, saves memory")
@@ -156,6 +156,7 @@ def svd_basis(weight: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor,
     entry largest in magnitude is positive. Raises InputError where fewer than k values exceed 1e-6 of the
     largest. """
     W = weight.detach().double()
+    require(W.isfinite().all(), f"a weight of shape {list(weight.shape)} is not finite")
     wide = W.shape[0] < W.shape[1]
     W = W.T if wide else W
     require(k <= W.shape[1], f"a weight of shape {list(weight.shape)} has no {k} singular triplets")
@@ -225,33 +226,37 @@ def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     return targets
 
 
+def check_fit(targets: dict[str, nn.Linear], config: BoostConfig) -> None:
+    """Raises InputError where rank x rounds exceeds a target's smaller side, or `groups` their number."""
+    k = config.rank * (1 if config.basis == "top" else config.rounds)
+    for name, linear in targets.items():
+        side, weight = min(linear.weight.shape), linear.weight
+        require(weight.is_floating_point(), f"{name} holds {weight.dtype}: load the model unquantised")
+        require(k <= side, f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets, "
+                f"but {name} {list(weight.shape)} has {side}: at most --rounds {side // config.rank}")
+    require(config.groups <= len(targets), f"--groups {config.groups}: there are only {len(targets)} targets")
+
+
 class Booster:
     """W_0 of the targets (once, on the CPU), their basis, and v of every round; it keeps the model's weights
-    equal to the formula above. All parameters of the model are frozen. Raises InputError before any long work
-    where rank x rounds exceeds a target's smaller side, or `groups` the number of targets."""
+    equal to the formula above. All parameters of the model are frozen. Raises InputError as `check_fit`."""
 
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.targets = model, config, find_targets(model)
         self.k = config.rank * (1 if config.basis == "top" else config.rounds)  # triplets used of each target
-        for name, linear in self.targets.items():
-            side, weight = min(linear.weight.shape), linear.weight
-            require(weight.is_floating_point(), f"{name} holds {weight.dtype}: load the model unquantised")
-            require(self.k <= side,
-                    f"--rank {config.rank} x --rounds {config.rounds} needs {self.k} singular triplets, but "
-                    f"{name} {list(weight.shape)} has {side}: at most --rounds {side // config.rank}")
-        require(config.groups <= len(self.targets),
-                f"--groups {config.groups}: the model has only {len(self.targets)} target modules")
+        check_fit(self.targets, config)
         self.groups = config.groups or len(self.targets)
         self.group_of = {name: i * self.groups // len(self.targets) for i, name in enumerate(self.targets)}
         model.requires_grad_(False)
         self.checksum = checksum(model)
         self.base = {name: m.weight.detach().to("cpu", copy=True) for name, m in self.targets.items()}
-        self.basis = {}  # name -> U [out, k], S [k], V [in, k]
+        self.basis = {}  # name -> U [out, k], S [k] (on the CPU), V [in, k]
         for name, linear in progress(self.targets.items(), "basis"):
             try:
-                self.basis[name] = svd_basis(linear.weight, self.k)
+                U, S, V = svd_basis(linear.weight, self.k)
             except InputError as error:
                 raise InputError(f"{name}: {error}; lower --rank or --rounds") from None
+            self.basis[name] = U, S.cpu(), V
         self.fingerprint = fingerprint(self.basis.values(), self.k)
         self.vectors: list[torch.Tensor] = []  # v of each finished round, fp32 [groups, u], on the CPU
         self.v, self.hooks = None, []
@@ -270,30 +275,37 @@ class Booster:
         return torch.randn(u, r, r, generator=random) / math.sqrt(u * r)
 
     def attach(self) -> nn.Parameter:
-        """A fresh adapter for the next round, active in the model's forward: v, fp32 zeros [groups, u]."""
+        """A fresh adapter for the next round, active in the model's forward: v, fp32 zeros [groups, u]. One
+        that was attached and not merged is dropped. Raises RuntimeError where all rounds are done."""
+        self.detach()
         t = len(self.vectors)
-        if self.v is not None or t >= self.config.rounds:
-            raise RuntimeError(f"all {t} rounds are done" if self.v is None else "merge() the adapter first")
+        if t >= self.config.rounds:
+            raise RuntimeError(f"all {t} rounds are done")
         device = next(iter(self.targets.values())).weight.device
         self.v = nn.Parameter(torch.zeros(self.groups, self.config.u, device=device))
         columns, values = self.slices(t)
         for name, linear in self.targets.items():
             U, S, V = self.basis[name]
-            adapter = TinyLoRA(U[:, columns], S[values], V[:, columns], self.P(name, t).to(device), self.v,
-                               self.group_of[name], linear.weight.dtype)
+            adapter = TinyLoRA(U[:, columns], S[values].to(device), V[:, columns], self.P(name, t).to(device),
+                               self.v, self.group_of[name], linear.weight.dtype)
             self.hooks.append(linear.register_forward_hook(lambda _, x, out, add=adapter: out + add(x[0])))
         return self.v
 
-    def merge(self) -> None:
-        """Detach the adapter, keep its v, and write the sum of all rounds into the weights."""
+    def detach(self) -> None:
+        """Take the adapter out of the model's forward."""
         for hook in self.hooks:
             hook.remove()
+        self.hooks = []
+
+    def merge(self) -> None:
+        """Detach the adapter, keep its v, and write the sum of all rounds into the weights."""
+        self.detach()
         self.vectors.append(self.v.detach().cpu())
-        self.v, self.hooks = None, []
         self.write()
 
     def rollback(self, n: int = 1) -> None:
         """Take the last n rounds back: their v becomes 0, and the weights get the bits of before."""
+        require(0 <= n <= len(self.vectors), f"rollback({n}): there are {len(self.vectors)} rounds")
         for t in range(len(self.vectors) - n, len(self.vectors)):
             self.vectors[t] = torch.zeros_like(self.vectors[t])
         self.write()
@@ -301,13 +313,14 @@ class Booster:
     @torch.no_grad()
     def write(self) -> None:
         """weight <- round(W_0 + delta), in place, for every target."""
+        learned = any(v.any() for v in self.vectors)  # -0.0 + 0 would be 0.0: other bits than W_0's
         for name, linear in self.targets.items():
             W0 = self.base[name].to(linear.weight.device)
-            linear.weight.copy_(W0.float() + self.delta(name) if self.core(name).any() else W0)
+            linear.weight.copy_(W0.float() + self.delta(name) if learned else W0)
 
-    def block(self, name: str, t: int) -> torch.Tensor:
+    def SR(self, name: str, t: int) -> torch.Tensor:
         """S_t R_t [r, r] of a finished round, fp32 on the CPU."""
-        S = self.basis[name][1][self.slices(t)[1], None].cpu()
+        S = self.basis[name][1][self.slices(t)[1], None]
         return S * torch.einsum("u,urs->rs", self.vectors[t][self.group_of[name]], self.P(name, t))
 
     def core(self, name: str) -> torch.Tensor:
@@ -316,7 +329,7 @@ class Booster:
         C = torch.zeros(self.k, self.k)
         for t in range(len(self.vectors)):
             columns, _ = self.slices(t)
-            C[columns, columns] += self.block(name, t)
+            C[columns, columns] += self.SR(name, t)
         return C
 
     @torch.no_grad()
@@ -345,7 +358,7 @@ class Booster:
         """For the record: norm of the last round's update over all targets; of the sum, norm, rank,
         fidelity."""
         last = range(len(self.vectors))[-1:]
-        norm = sum(float(self.block(name, t).square().sum()) for name in self.targets for t in last)
+        norm = sum(float(self.SR(name, t).square().sum()) for name in self.targets for t in last)
         total = sum(float(self.core(name).square().sum()) for name in self.targets)
         ranks = self.rank().values()
         return {"norm": norm**0.5, "total_norm": total**0.5, "rank": {"min": min(ranks), "max": max(ranks)},
@@ -365,7 +378,7 @@ class Booster:
         write the weights. Raises InputError for a damaged file or another base model, configuration or
         basis."""
         about, v, theirs = read_adapters(path)
-        require(about["base"] == self.checksum, f"{path} was trained on another base model (checksum)")
+        require(about["base"] == self.checksum, f"{path} is of another base model, or of another --dtype")
         mine = dataclasses.asdict(self.config)
         differing = [f"{f} {about['config'].get(f)}, not {mine[f]}" for f in mine
                      if f not in ("rounds", "replay") and mine[f] != about["config"].get(f)]
@@ -430,7 +443,7 @@ def checksum(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, p in getattr(model, "base_model", model).named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -466,10 +479,15 @@ class FullFineTuning:
         replace_file(Path(path), safetensors.torch.save(weights, {"rounds": str(self.done)}))
 
     def resume(self, path: str | Path, rounds: int) -> None:
-        with safetensors.safe_open(path, "pt") as f:
-            require(f.metadata() == {"rounds": str(rounds)}, f"{path} is not of round {rounds}: new --out")
-            for name, p in self.model.named_parameters():
-                p.data.copy_(f.get_tensor(name))
+        require(Path(path).is_file(), f"{path} is missing")
+        try:
+            with safetensors.safe_open(path, "pt") as f:
+                found = (f.metadata() or {}).get("rounds")
+                weights = {name: f.get_tensor(name) for name, _ in self.model.named_parameters()}
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{path} is damaged ({error})") from None
+        require(found == str(rounds), f"{path} is of round {found}, not {rounds}: choose another --out")
+        self.model.load_state_dict(weights, strict=False)
         self.done = rounds
 
     def summary(self) -> dict[str, Any]:
@@ -496,16 +514,16 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def cache_budget(model: nn.Module) -> int:
-    """Tokens of key-value cache that fit half of the free memory: a power of two, at most 2^19, so that the
-    batches, and with them the last bits, seldom change between two runs on one machine."""
+    """Tokens of key-value cache, all rows together: half of the free GPU memory, as a power of two up to
+    2^19, so that batches, and with them the last bits, seldom change between two runs on one machine; on a
+    CPU 2^17."""
+    if model.device.type != "cuda":
+        return 2**17
     c = model.config.get_text_config()
     head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     token_bytes = 2 * c.num_hidden_layers * heads * head_size * model.dtype.itemsize  # Qwen2.5-3B: 36 KiB
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return 2 ** min(19, int(math.log2(max(free / 2 / token_bytes, 1024))))
 
 
@@ -525,19 +543,21 @@ def sample(logits: torch.Tensor, temperature: float,
 
 
 @contextlib.contextmanager
-def inference(model: nn.Module, recompute: bool = False) -> Iterator[None]:
-    """Dropout off, in training too: the policy that learns must be the one that was sampled. `recompute`:
-    keep a block's input only, and run it again in the backward pass. The model is as before afterwards."""
+def without_dropout(model: nn.Module, recompute: bool = False) -> Iterator[None]:
+    """In training too: the policy that learns must be the one that was sampled. `recompute`: keep a block's
+    input only, and run the block again in the backward pass. The model is as before afterwards."""
     modes = [(m, m.training) for m in model.modules()]
-    blocks = find_blocks(model)[1] if recompute else []
+    forwards = [(block, vars(block).get("forward")) for block in find_blocks(model)[1]] if recompute else []
     model.eval()
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # reentrant loses gradients
+    for block, _ in forwards:  # reentrant checkpoints would lose the gradient, as their inputs are frozen
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in forwards:
             del block.forward
+            if forward is not None:
+                block.forward = forward
         for m, mode in modes:
             m.training = mode
 
@@ -559,7 +579,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     mine = range(len(ids))[process()::processes()]
     queue = sorted(mine, key=lambda i: -len(ids[i]))  # like lengths together; the longest come first
     rows: dict[int, tuple[list[int], list[float]]] = {}
-    with inference(model), progress(total=len(queue) * n, label=label) as bar:
+    with without_dropout(model), progress(total=len(queue) * n, label=label) as bar:
         while queue:
             size = max(1, budget // (n * (len(ids[queue[0]]) + max_new_tokens)))
             chunk, queue = queue[:size], queue[size:]
@@ -596,10 +616,11 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
     stops = torch.tensor(stops, dtype=torch.long, device=device)
     done = torch.zeros_like(rows, dtype=torch.bool)
-    look = 8 if device.type == "cuda" else 1  # steps between two looks at `done`, for which the host waits
+    look = 8 if device.type == "cuda" else 1  # steps between looks at `done`: dropping a row copies the cache
     for step in range(max_new_tokens):
         draw = uniforms[rows, step] if temperature else None
-        tokens[rows, step], logprobs[rows, step] = token, _ = sample(logits, temperature, draw)
+        token, logprob = sample(logits, temperature, draw)
+        tokens[rows, step], logprobs[rows, step] = token, logprob
         done |= torch.isin(token, stops)
         if step + 1 == max_new_tokens:
             break
@@ -615,10 +636,11 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
                        position_ids=position, **options).logits[:, -1]
     bar.update(len(rows))
     if not logprobs.isfinite().all():
-        raise FloatingPointError("the model's output is not finite: lower --lr, or try --dtype float32")
+        raise FloatingPointError("the model's output is not finite: in a new --out, lower --lr or try "
+                                 "--dtype float32")
     after_end = torch.isin(tokens, stops).int().cummax(-1).values.sum(-1)  # positions from the first end on
     lengths = (max_new_tokens - after_end + 1).clamp(max=max_new_tokens).tolist()
-    return [(t[:n], p[:n]) for t, p, n in zip(tokens.tolist(), logprobs.tolist(), lengths, strict=True)]
+    return [(t[:end], p[:end]) for t, p, end in zip(tokens.tolist(), logprobs.tolist(), lengths, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -703,28 +725,35 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
                         config.max_new_tokens, (seed, round, step), config.cache_tokens, label="sample")
         owners = [i for i in chosen for _ in range(n)]
         rewards = on_first_process(partial(reward, owners, [c.text for c in done]))
+        require(len(rewards) == len(done) and all(map(math.isfinite, rewards)),
+                "reward must return a finite number for each completion")
         advantages = group_advantages(rewards, n)
         completed, reward_sum = completed + len(rewards), reward_sum + sum(rewards)
         flat += int((advantages == 0).all(1).sum())
         graded = zip(owners, done, advantages.flatten().tolist(), strict=True)
         rows = [(prompt_tokens[i], c, a) for i, c, a in graded if a]
+        kept = (advantages != 0).any(1).repeat_interleave(n).tolist()
+        total = sum(len(c.tokens) for c, keep in zip(done, kept, strict=True) if keep)  # end tokens included
         seconds["generate"] += time.perf_counter() - start
         if not rows:
             continue
         start = time.perf_counter()
-        total = sum(len(c.tokens) for _, c, _ in rows)  # the loss is a mean over these, end tokens included
         mine = rows[process()::processes()]
-        optimizer.zero_grad(set_to_none=False)
-        with inference(model, config.recompute):
+        optimizer.zero_grad()
+        gap = 0.0
+        with without_dropout(model, config.recompute):
             lengths = [len(p) + len(c.tokens) for p, c, _ in mine]
             for batch in micro_batches(lengths, config.micro_batch_tokens):
                 part = [mine[i] for i in batch]
                 logprobs = completion_logprobs(model, [(p, c.tokens) for p, c, _ in part], config.temperature)
                 sampled, advantage = logprobs.new_tensor(
                     [(q, a) for _, c, a in part for q in c.logprobs]).unbind(1)
-                (-(advantage * logprobs).sum() / total).backward()
-                gap_sum += float((logprobs.detach() - sampled).abs().sum())
-        descend(optimizer, parameters, config.max_grad_norm)
+                (-(advantage * logprobs).sum()).backward()
+                gap += float((logprobs.detach() - sampled).abs().sum())
+        require(gap < total, f"{type(model).__name__} changes its logits after the head (soft-capping, "
+                "scaling): training would see another policy than sampling")
+        descend(optimizer, parameters, config.max_grad_norm, total)
+        gap_sum += gap
         steps, trained = steps + 1, trained + total
         seconds["train"] += time.perf_counter() - start
     note = {} if steps else {"note": "nothing could be learned: in no group did the rewards differ"}
@@ -732,14 +761,18 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
             "logprob_gap": sum(gather(gap_sum)) / max(trained, 1), "seconds": seconds, **note}
 
 
-def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float) -> None:
-    """One step on the gradients summed over the processes (4 x groups x u bytes each), clipped to a norm."""
+def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float,
+            total: float) -> None:
+    """One step on the gradients: summed over the processes (4 x groups x u bytes each), divided by `total`
+    (here, as in the backward pass fp16 would underflow), clipped."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if processes() > 1:
             dist.all_reduce(p.grad)
+        p.grad /= total
     if not nn.utils.clip_grad_norm_(parameters, max_grad_norm).isfinite():
-        raise FloatingPointError("the gradient is not finite: lower --lr, or try --dtype float32")
+        raise FloatingPointError("the gradient is not finite: in a new --out, lower --lr or try "
+                                 "--dtype float32")
     optimizer.step()
 
 
@@ -758,18 +791,18 @@ def cross_entropy(model: nn.Module,
     parameters = [v] if isinstance(v, nn.Parameter) else v
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     start, losses, data = time.perf_counter(), [], iter(())
-    with inference(model):
+    with without_dropout(model):
         for _ in progress(range(config.steps), label=f"round {round + 1}"):
             batch = next(data, None)
             if batch is None:
                 data = iter(batches())
                 batch = next(data)
             inputs, labels = batch
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
             loss = F.cross_entropy(model(**inputs).logits.float(), labels)
-            (loss / processes()).backward()
+            loss.backward()
             losses.append(float(loss.detach()))
-            descend(optimizer, parameters, config.max_grad_norm)
+            descend(optimizer, parameters, config.max_grad_norm, processes())
     return {"steps": config.steps, "first_loss": losses[0], "last_loss": losses[-1],
             "seconds": {"train": time.perf_counter() - start}}
 
@@ -820,18 +853,19 @@ def progress(iterable: Iterable | None = None, label: str = "", total: int | Non
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"could not write {path} ({error.strerror}); what was there before is whole: make "
-                         "room and give the same command again") from None
+                         "room and start again") from None
 
 
 def replace_folder(path: Path, fill: Callable[[Path], Any]) -> None:
@@ -848,38 +882,51 @@ def replace_folder(path: Path, fill: Callable[[Path], Any]) -> None:
         raise InputError(f"could not write {path} ({error}): make room and start again") from None
 
 
+LOCKED: set[Path] = set()  # the run folders that this process works in
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time works in a run folder. Raises InputError where another one does."""
     import fcntl
-    if process():
-        yield  # the first process holds the lock for all that torchrun started
+    folder = Path(folder).resolve()
+    if process() or folder in LOCKED:  # under torchrun the first process holds it for all
+        yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{folder} is in use by another process: choose another --out") from None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be used ({error.strerror}): choose another --out") from None
+    LOCKED.add(folder)
     try:
         yield
     finally:
+        LOCKED.remove(folder)
         os.close(handle)
 
 
+# What may differ when a run goes on: more rounds continue it, the others do not change what is learned but
+# for the last bits.
+FREE = ("rounds", "versions", "test_every", "export_lora", "cache_tokens", "micro_batch_tokens", "recompute")
+
+
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises InputError, with the fields, where the folder holds a run with other settings; `rounds` may
-    grow."""
+    """Raises InputError, with the fields, where the folder holds a run with other settings than these."""
     path = folder / "config.json"
     if not path.exists():
+        require(not (folder / "rounds.jsonl").exists(), f"{path} is missing: choose another --out")
         return
     try:
-        old = json.loads(path.read_text())
-    except ValueError:
-        raise InputError(f"{path} is damaged: it is not JSON; choose another --out") from None
+        old = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise InputError(f"{path} is damaged: choose another --out") from None
     new = json.loads(json.dumps(settings))
     differing = [f"{key} {old[key]!r} there, {new[key]!r} here" for key in new
-                 if key in old and key not in ("rounds", "versions") and old[key] != new[key]]
+                 if key in old and key not in FREE and old[key] != new[key]]
     require(not differing, f"{folder} holds another run ({'; '.join(differing)}): choose another --out")
 
 
@@ -898,14 +945,13 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def resume(folder: Path, learner: Any) -> list[dict[str, Any]]:
+def read_state(folder: Path, learner: Any) -> list[dict[str, Any]]:
     """The records of the finished rounds, with the learner brought to the last of them."""
     records, path, rounds = read_records(folder), folder / "adapters.safetensors", learner.config.rounds
     done = len(records) - 1
     require(done <= rounds, f"{folder} has {done} rounds, more than --rounds {rounds}; for a shorter model "
             f"use Booster.load(model, '{path}', rounds={rounds})")
-    require(records or not path.exists() or not (folder / "model").exists(),
-            f"{folder / 'rounds.jsonl'} is missing from a finished run: choose another --out")
+    require(records or not path.exists(), f"{folder / 'rounds.jsonl'} is missing: choose another --out")
     if done > 0:
         learner.resume(path, rounds=done)
     return records
@@ -932,12 +978,12 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
     holds another run. """
     out, rounds, train = Path(out), booster.config.rounds, task.train
     require(len(train), "there is no training example")
-    examples = hashlib.sha256(repr(list(train)).encode()).hexdigest()[:16]
-    settings = {**dataclasses.asdict(booster.config), **(settings or {}), "examples": examples,
-                "versions": versions()}
+    data = hashlib.sha256(repr(list(train)).encode()).hexdigest()[:16]
+    settings = {**dataclasses.asdict(booster.config), **(settings or {})}
+    settings |= {"data": data, "versions": versions()}
     with locked(out):
         check_settings(out, settings)
-        records = resume(out, booster)
+        records = read_state(out, booster)
         gather(None)  # all processes have read the state before the first one changes it
         save_file(out / "config.json", json.dumps(settings, indent=2) + "\n")
         if records:
@@ -1080,8 +1126,11 @@ class RunConfig:
     def __post_init__(self):
         at_least(self, limit=0, test_limit=0, test_every=0)
         require(not (self.export_lora and self.method == "full"), "--export_lora: not with --method full")
+        require(not (self.demo and (self.train_file or self.test_file)), "--demo makes its own data files")
         if self.dtype == "auto":
             self.dtype = "float32" if self.demo or self.method == "full" else "bfloat16"
+        require(self.method == "boost" or self.dtype == "float32",
+                f"--method full: not in --dtype {self.dtype}, which rounds small steps away")
 
 
 def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], demo: dict[str, Any]) -> tuple:
@@ -1099,14 +1148,14 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
     return parser.parse_args_into_dataclasses(look_for_args_file=False)
 
 
-def check_run(*configs: Any) -> dict[str, Any]:
-    """The settings of a run, all flags but --out; before anything slow, whether its folder may be used for
-    them."""
+@contextlib.contextmanager
+def run_folder(*configs: Any) -> Iterator[dict[str, Any]]:
+    """The settings of a run (all flags but --out), in its locked folder, checked before anything slow."""
     settings = {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
     out = Path(settings.pop("out"))
     with locked(out):
         check_settings(out, settings)
-    return settings
+        yield settings
 
 
 def run(main: Callable[[], None]) -> None:
@@ -1123,17 +1172,18 @@ def run(main: Callable[[], None]) -> None:
         code, message = 1, f"error: {error}; the rounds before this one are kept"
     except torch.OutOfMemoryError:
         code, message = 1, ("error: not enough GPU memory: lower --cache_tokens if it happened in sampling "
-                            "or evaluating, --micro_batch_tokens while training; finished rounds are kept")
+                            "or evaluating, --micro_batch_tokens in training; the finished rounds are kept")
     except KeyboardInterrupt:
         code, message = 130, "\nstopped: the same command continues after the last finished round"
     else:
         code, message = 0, ""
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if code:
-        sys.stderr.write(message + "\n")
+        print(message, file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(code)  # an orderly end would wait for the others, who may wait for this process
         sys.exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def device() -> torch.device:
@@ -1141,25 +1191,34 @@ def device() -> torch.device:
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
 
 
+@contextlib.contextmanager
+def loading(what: str, instead: str) -> Iterator[None]:
+    """Turns what a library raises for a missing or unreadable thing into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{what} could not be loaded ({reason}): {instead}") from None
+
+
 def pretrained(kind: Any, name: str, **options: Any) -> Any:
     """kind.from_pretrained(name). Raises InputError where there is no such model or no network."""
-    try:
+    with loading(f"--model {name}", "name a folder or a model on the Hub, or try --demo, which needs neither "
+                 "network nor GPU"):
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"--model {name} could not be loaded ({reason}); name a folder or a model on the "
-                         "Hub, or try --demo, which needs neither network nor GPU") from None
 
 
-def load_language_model(args: RunConfig) -> tuple[nn.Module, Any]:
+def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Module, Any]:
     """The causal language model and its tokenizer, checked before the weights are loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     config = pretrained(AutoConfig, args.model)
     tokenizer = pretrained(AutoTokenizer, args.model)
     require(tokenizer.chat_template, f"--model {args.model} has no chat template: use an instruct model")
-    with torch.device("meta"):
+    with torch.device("meta"), loading(f"--model {args.model}", "use a causal language model"):
         shell = AutoModelForCausalLM.from_config(config)
-    find_targets(shell)
+    check_fit(find_targets(shell), boosting)
     size = sum(p.numel() for p in shell.parameters())
     if size > 3e8 and not torch.cuda.is_available():
         seconds = 300 * 2 * size / 1e11  # 300 tokens at 100 GFLOP/s
@@ -1195,12 +1254,8 @@ def hub_rows(name: str, split: str) -> list[dict[str, Any]]:
     """The rows of a data set of the Hub, `owner/name` or `owner/name:config`. Raises InputError without
     network."""
     from datasets import load_dataset
-    try:
+    with loading(f"the Hub's {name}", "give --train_file and --test_file, or try --demo"):
         return list(load_dataset(*name.split(":"), split=split))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the Hub's {name} could not be loaded ({reason}): give --train_file and "
-                         "--test_file, or try --demo, which needs no network") from None
 
 
 def read_jsonl(path: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -1208,7 +1263,8 @@ def read_jsonl(path: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     field."""
     require(Path(path).is_file(), f"{path}: there is no such file")
     rows = []
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+    opened = gzip.open if str(path).endswith(".gz") else open
+    with loading(path, "it must be JSONL in UTF-8"), opened(path, "rt", encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -1230,11 +1286,11 @@ def finish(args: RunConfig, config: BoostConfig, settings: dict[str, Any], model
     booster = Booster(model, config) if args.method == "boost" else FullFineTuning(model, config)
     boost(booster, task, args.out, args.test_every, settings, tokenizer)
     say(f"\n{args.out}/model is the merged model, for from_pretrained; {args.out}/rounds.jsonl the record.")
-    if args.method == "boost":
-        size = os.path.getsize(f"{args.out}/adapters.safetensors") if config.rounds else 0
-        say(f"{args.out}/adapters.safetensors ({size / 1000:.1f} kB) is the whole fine-tune: "
-            f"Booster.load(base_model, path) rebuilds it." if size else "")
-    if args.export_lora and process() == 0:
+    adapters = Path(args.out) / "adapters.safetensors"
+    if process() == 0 and args.method == "boost" and adapters.exists():
+        say(f"{adapters} ({adapters.stat().st_size / 1000:.1f} kB) is the whole fine-tune: "
+            "Booster.load(base_model, path) rebuilds it.")
+    if process() == 0 and args.export_lora:
         booster.export_lora(Path(args.out) / "lora")
         say(f"{args.out}/lora is the same as a LoRA of rank {booster.k}, for any engine that takes LoRA.")
     if args.demo:

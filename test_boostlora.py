@@ -328,7 +328,7 @@ def test_rollback_save_load_give_the_same_bits(tmp_path, dtype):
     loaded = Booster.load(other, tmp_path / "adapters.safetensors", weights=[1, 0.5, 0])
     for name, linear in loaded.targets.items():
         U, _, V = booster.basis[name]
-        first, second = (U[:, s] @ booster.block(name, t) @ V[:, s].T
+        first, second = (U[:, s] @ booster.SR(name, t) @ V[:, s].T
                          for t, s in enumerate([slice(0, 2), slice(2, 4)]))
         expected = base[f"{name}.weight"].float() + first + 0.5 * second
         assert torch.allclose(linear.weight.float(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2)
@@ -472,6 +472,21 @@ def test_micro_batches_hold_their_budget():
 def parity(indices, texts):
     """A reward with some variance, and none for the first prompt."""
     return [0.0 if i == 0 else float(len(text) % 2) for i, text in zip(indices, texts, strict=True)]
+
+
+def test_a_reward_must_be_finite_and_a_policy_the_same_in_training(talker):
+    model, tokenizer = talker
+    v = Booster(model, BoostConfig(rounds=1)).attach()
+    config = GRPOConfig(steps=1, group_size=4, max_new_tokens=8)
+    with pytest.raises(InputError, match="finite number"):
+        grpo(model, tokenizer, QUESTIONS, lambda indices, texts: [math.nan] * len(texts), v, config)
+
+    def hook(module, x, out):
+        out.logits.mul_(-4)  # as models with soft-capping or scaling change their logits after the head
+
+    model.register_forward_hook(hook)
+    with pytest.raises(InputError, match="another policy"):
+        grpo(model, tokenizer, QUESTIONS, parity, v, config)
 
 
 @pytest.mark.parametrize(("recompute", "budget"), [(False, 10**6), (True, 60)])
@@ -687,14 +702,21 @@ def test_damaged_state_is_named_and_nothing_is_overwritten(tmp_path):
     refused("line 1 is damaged", "rounds.jsonl", lines.replace(b'"failures"', b'"failure"'))
     refused("rounds.jsonl is missing", "rounds.jsonl")
     refused("config.json is damaged", "config.json", b"{")
+    refused("config.json is damaged", "config.json", b"5")
     refused("another run.*seed 0 there, 1 here", config=dataclasses.replace(CONFIG, seed=1))
     refused("another run.*rank 2 there, 1 here", config=dataclasses.replace(CONFIG, rank=1))
     refused("another run.*model 'a' there", settings={"model": "b"}, name="config.json",
             content=json.dumps({"model": "a"}).encode())
-    refused("another run.*examples", name="config.json", content=json.dumps({"examples": "0"}).encode())
+    refused("another run.*data", name="config.json", content=json.dumps({"data": "0"}).encode())
+    refused("config.json is missing", "config.json")
     other = Booster(qwen(), CONFIG)
     with pytest.raises(InputError, match="another base model"):
         boost(other, Words(esm()), tmp_path)
+    run_words(tmp_path / "full", FullFineTuning)
+    for content, match in [(vectors, "is damaged|of round"), (b"", "damaged")]:
+        (tmp_path / "full" / "adapters.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match=match):
+            run_words(tmp_path / "full", FullFineTuning)
 
 
 def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
@@ -711,9 +733,16 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    with boostlora.locked(tmp_path), pytest.raises(InputError, match="in use by another process"):
+    hold = f"with boostlora.locked({str(tmp_path)!r}): print(1, flush=True); time.sleep(60)"
+    hold = f"import boostlora, time\n{hold}"
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, cwd=HERE)
+    other.stdout.readline()
+    with pytest.raises(InputError, match="in use by another process"):
         run_words(tmp_path)
-    run_words(tmp_path)
+    other.kill()
+    other.wait()
+    with boostlora.locked(tmp_path):  # a script holds the folder from its first check on
+        run_words(tmp_path)
 
 
 def test_the_loop_stops_when_nothing_fails(tmp_path):
@@ -831,14 +860,17 @@ def test_the_real_path_on_a_small_model_that_cannot_learn(small_qwen, tmp_path, 
 
 
 @pytest.mark.parametrize(("rows", "named"), [
-    (None, "no such file"), ([], "is empty"), (['{"question": '], "line 1: not a JSON object"),
+    (None, "no such file"), ([], "is empty"), (b"\xff\xfe", "JSONL in UTF-8"),
+    (['{"question": '], "line 1: not a JSON object"),
     ([ROWS[0], {"question": "why?"}], "line 2: the field 'answer' is missing"),
     ([ROWS[0], {"answer": "#### 4"}], "row 2: no 'question'"),
     ([ROWS[0], {"question": "why?", "answer": "####  "}], "row 2: the answer '' cannot be graded"),
 ])
 def test_bad_data_is_refused_by_file_and_row(tmp_path, monkeypatch, rows, named):
     path = tmp_path / "rows.jsonl"
-    if rows is not None:
+    if isinstance(rows, bytes):
+        path.write_bytes(rows)
+    elif rows is not None:
         write_jsonl(path, rows)
     monkeypatch.setattr(train_math, "load_language_model", None)  # before anything slow
     with pytest.raises(InputError, match=f"rows.jsonl.*{named}"):
@@ -935,6 +967,24 @@ def test_ctrl_c_says_how_to_continue(toy, tmp_path):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command continues" in printed and "Traceback" not in printed
+
+
+def test_a_run_in_which_nothing_fails_ends_well(small_qwen, tmp_path, monkeypatch, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.setattr(train_math, "solved", lambda *_: True)
+    run_math(monkeypatch, "--model", small_qwen, "--train_file", data, "--test_file", data, "--out",
+             tmp_path / "run", *QUICK)
+    assert "merged model" in capsys.readouterr().out
+
+
+def test_memory_flags_may_change_when_a_run_goes_on(small_qwen, tmp_path, monkeypatch, capsys):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    flags = ("--model", small_qwen, "--train_file", data, "--test_file", data, *QUICK, "--out", tmp_path / "run")
+    run_math(monkeypatch, *flags)
+    run_math(monkeypatch, *flags, "--cache_tokens", 999, "--micro_batch_tokens", 99, "--export_lora")
+    assert "LoRA of rank 2" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"lr 0.003 there, 0.1 here"):
+        run_math(monkeypatch, *flags, "--lr", 0.1)
 
 
 def test_two_processes_find_the_same_failures_and_hold_the_same_vectors(toy, tmp_path):
@@ -1076,7 +1126,7 @@ def test_the_example_of_the_readme_runs_as_it_stands(toy, tmp_path, monkeypatch)
     assert len(example.splitlines()) <= 30
     shutil.copytree(toy, tmp_path / "runs" / "math-demo" / "base")
     monkeypatch.chdir(tmp_path)
-    exec(example, {"__name__": "example"})
+    exec(example, {"__name__": "example"})  # noqa: S102 - the README's own program
     assert len((tmp_path / "runs" / "mine" / "rounds.jsonl").read_text().splitlines()) == 3
 
 

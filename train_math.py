@@ -2,7 +2,8 @@
 
     python train_math.py --demo                                        a toy: 2 CPU cores, no download
     python train_math.py                                               a quick run on one GPU: 1,500 problems
-    python train_math.py --rounds 20 --limit 0 --test_every 1          the paper's run
+    python train_math.py --rounds 20 --limit 0 --test_every 1 --max_new_tokens 2048
+                                                                       the paper's run
     python train_math.py --rounds 1 --replay -1 --steps 120            single-shot TinyLoRA on all examples
     python train_math.py --rounds 1 --replay -1 --steps 120 --rank 40  the monolithic ablation
     python train_math.py --method full --lr 1e-6                       full fine-tuning, in fp32
@@ -31,7 +32,6 @@ from boostlora import (
     GRPOConfig,
     RunConfig,
     chat,
-    check_run,
     completion_logprobs,
     finish,
     fits_context,
@@ -46,6 +46,7 @@ from boostlora import (
     replace_folder,
     require,
     run,
+    run_folder,
     say,
     subset,
 )
@@ -123,21 +124,23 @@ class MathTask:
 
 def main() -> None:
     args, boosting, training = parse((RunConfig, BoostConfig, GRPOConfig), __doc__, DEFAULTS, DEMO)
-    settings = check_run(args, boosting, training)
-    if args.demo:
-        base = Path(args.out) / "base"
-        on_first_process(lambda: base.exists() or make_demo(base, boosting.seed))
-        args.model, args.train_file, args.test_file = str(base), f"{base}/train.jsonl", f"{base}/test.jsonl"
-    train = subset(load_problems(args.train_file, "openai/gsm8k:main", "train"), args.limit, boosting.seed)
-    sources = {Path(args.test_file).stem: (args.test_file, "")} if args.test_file else {
-        "gsm8k": ("", "openai/gsm8k:main"), "math500": ("", "HuggingFaceH4/MATH-500")}
-    tests = {name: load_problems(path, hub, "test") for name, (path, hub) in sources.items()}
-    tests = {name: rows[: args.test_limit or None] for name, rows in tests.items()}
-    model, tokenizer = load_language_model(args)
-    task = MathTask(model, tokenizer, train, tests, training, boosting.seed, args.demo)
-    finish(args, boosting, settings, model, tokenizer, task)
-    if task.skipped:
-        say(f"{task.skipped} examples were skipped: prompt and --max_new_tokens exceed the model's context.")
+    with run_folder(args, boosting, training) as settings:
+        if args.demo:
+            base = Path(args.out) / "base"
+            on_first_process(lambda: base.exists() or make_demo(base, boosting.seed))
+            args.model, args.train_file = str(base), f"{base}/train.jsonl"
+            args.test_file = f"{base}/test.jsonl"
+        train = load_problems(args.train_file, "openai/gsm8k:main", "train")
+        sources = {Path(args.test_file).stem: (args.test_file, "")} if args.test_file else {
+            "gsm8k": ("", "openai/gsm8k:main"), "math500": ("", "HuggingFaceH4/MATH-500")}
+        tests = {name: load_problems(path, hub, "test")[:args.test_limit or None]
+                 for name, (path, hub) in sources.items()}
+        model, tokenizer = load_language_model(args, boosting)
+        train = subset(train, args.limit, boosting.seed)
+        task = MathTask(model, tokenizer, train, tests, training, boosting.seed, args.demo)
+        finish(args, boosting, settings, model, tokenizer, task)
+        if task.skipped:
+            say(f"{task.skipped} examples were skipped: with --max_new_tokens they exceed the context.")
 
 
 # ------------------------------------------------------------------------------------------------------------
