@@ -1,13 +1,12 @@
 """BoostLoRA on grade-school math: Qwen2.5-3B-Instruct learns GSM8K by GRPO, tested on GSM8K and MATH-500.
 
-    python train_math.py --demo                                        a toy: 2 CPU cores, no download
-    python train_math.py                                               a quick run on one GPU: 1,500 problems
-    python train_math.py --rounds 20 --limit 0 --test_every 1 --max_new_tokens 2048
-                                                                       the paper's run
-    python train_math.py --rounds 1 --replay -1 --steps 120            single-shot TinyLoRA on all examples
-    python train_math.py --rounds 1 --replay -1 --steps 120 --rank 40  the monolithic ablation
-    python train_math.py --method full --lr 1e-6                       full fine-tuning, in fp32
-    torchrun --nproc-per-node 8 train_math.py                          the same on 8 GPUs
+    python train_math.py --demo                                     a toy: 2 CPU cores, no download
+    python train_math.py                                            a quick run on one GPU: 1,500 problems
+    python train_math.py --rounds 1 --replay -1 --steps 80          single-shot TinyLoRA on all examples
+    python train_math.py --rounds 1 --replay -1 --steps 80 --rank 20            the monolithic ablation
+    python train_math.py --rounds 1 --replay -1 --steps 80 --method full --lr 1e-6     full fine-tuning
+    python train_math.py --rounds 20 --limit 0 --test_every 1 --max_new_tokens 2048     the paper's run
+    torchrun --nproc-per-node 8 train_math.py                       the quick run on 8 GPUs
 
 The reward and the failure set are strict: the answer must stand in \\boxed{}, as the prompt asks (in the demo
 after ####). Lenient accuracy, where the last number counts too, is logged beside it: much of the gain that is
@@ -53,7 +52,7 @@ from boostlora import (
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 DEFAULTS = {"model": "Qwen/Qwen2.5-3B-Instruct", "out": "runs/math", "limit": 1500}
-DEMO = {"out": "runs/math-demo", "limit": 0, "rounds": 8, "rank": 4, "u": 16, "groups": 0, "steps": 8,
+DEMO = {"out": "runs/math-demo", "limit": 0, "rounds": 10, "rank": 4, "u": 16, "groups": 0, "steps": 8,
         "prompts": 32, "lr": 0.01, "max_new_tokens": 40, "recompute": False}
 
 
