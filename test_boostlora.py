@@ -4,8 +4,10 @@
     BOOSTLORA_DATA=folder pytest           also on the real data sets, from the files in that folder
 """
 
+import ast
 import contextlib
 import dataclasses
+import gzip
 import itertools
 import json
 import math
@@ -14,10 +16,13 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,14 +41,17 @@ from transformers import (
 )
 
 import boostlora
+import train_code
 import train_math
 from boostlora import (
     BoostConfig,
     Booster,
     CEConfig,
+    Completion,
     FullFineTuning,
     GRPOConfig,
     InputError,
+    RunConfig,
     TinyLoRA,
     boost,
     completion_logprobs,
@@ -55,6 +63,15 @@ from boostlora import (
     grpo,
     micro_batches,
     svd_basis,
+)
+from train_code import (
+    CodeTask,
+    Sandbox,
+    extract_code,
+    has_landlock,
+    load_data,
+    load_problems,
+    program,
 )
 from train_math import grade
 
@@ -1112,6 +1129,316 @@ def test_the_real_path_on_the_real_data(small_qwen, tmp_path, monkeypatch, capsy
     run_math(monkeypatch, "--model", small_qwen, "--train_file", DATA / "gsm8k_train.jsonl", "--test_file",
              DATA / "gsm8k_test.jsonl", "--limit", 32, "--test_limit", 16, "--out", tmp_path / "run", *QUICK)
     assert "Nothing could be learned" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train_code: the sandbox. Linux, as root or not.
+
+RIGHT, WRONG = "\ndef f(x): return x + 1\n", "\ndef f(x): return 0\n"
+TESTS = "assert f(1) == 2\nassert f(2) == 3"
+PROJECT = os.path.dirname(os.path.abspath(train_code.__file__))
+both_ways = pytest.mark.parametrize("namespaces", [True, False])
+pytestmark = pytest.mark.filterwarnings("ignore:No namespaces", "ignore:invalid escape")
+
+# Each stands before a right function, if it says no `f` itself: only the attack can be why it fails.
+ATTACKS = {
+    "loop": "while True: pass", "loop in C": "sum(iter(int, 1))", "fork bomb": "while True: os.fork()",
+    "10 GB": "x = [0] * (10 << 27)", "10 GB slowly": "x = b'x'\nwhile True: x += x",
+    "4 GB": "import mmap\nx = mmap.mmap(-1, 4 << 30)", "sleep": "time.sleep(99)",
+    "threads": "import threading\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+    "print": "print('x' * 10**9)", "print slowly": "for _ in range(10**3): print('x' * 10**5)",
+    "recursion": "def g(): g()\ng()", "loop in f": "def f(x):\n    while True: pass",
+    "deep recursion": "sys.setrecursionlimit(10**9)\ndef g(): return [g()]\ng()",
+    "sys.exit": "sys.exit(0)", "os._exit": "os._exit(0)", "SystemExit": "raise SystemExit", "quit": "quit()",
+    "exit in f": "def f(x): os._exit(0)", "crash": "ctypes.string_at(0)",
+    "exit in thread": "import _thread\n_thread.start_new_thread(os._exit, (0,))\ntime.sleep(9)",
+    "kill parent": "os.kill(os.getppid(), 9)", "kill group": "os.killpg(0, 9)", "kill 1": "os.kill(1, 9)",
+    "kill all": "os.kill(-1, 9)", "kill trainer": "os.kill({pid}, 9)",
+    "write home": "open('{home}/evil', 'w')", "write project": "open('{project}/evil', 'w')",
+    "write tmp": "open('{tmp}/evil', 'w')", "read secret": "open('{secret}').read()",
+    "read project": "open('{project}/train_code.py').read()", "list project": "os.listdir('{project}')",
+    "environment": "os.environ['SECRET']", "trainer's memory": "open('/proc/{pid}/mem', 'rb').read(1)",
+    "trainer's environment": "assert 'SECRET' in open('/proc/{pid}/environ').read()",
+    "loopback": "socket.create_connection(('127.0.0.1', {port}))",
+    "outward": "socket.create_connection(('1.1.1.1', 53), 2)",
+    "flood": "while True: os.write(3, b'x' * 10**6)", "close": "os.closerange(0, 100)",
+    "disk": "for n in range(9999): open(str(n), 'w').write('x' * 10**6)",
+    "daemon": "if os.fork() == 0:\n    os.setsid()\n    os.fork()\n    time.sleep(99)",
+    "spawn": "os.posix_spawn('/usr/bin/true', ['true'], {})",
+    "syntax": "def g(:", "null": "x = 1\x00", "surrogate": "x = '\ud800'", "5 MB": "#" + "x" * 5_000_000,
+    "namespace": "assert ctypes.CDLL(None).unshare(0x10000000) == 0", "unfinished": "def g():\n    'doc",
+}
+EQUAL = """class Same{0}:
+    __hash__ = None
+    __eq__ = __contains__ = __lt__ = __gt__ = __le__ = __ge__ = lambda a, b: True
+    __ne__ = lambda a, b: False
+    __sub__ = __rsub__ = __abs__ = __getattr__ = lambda *a: a[0]
+"""
+CHEATS = {  # each stands after a wrong function: it wants a verdict that it has not earned
+    "always equal": EQUAL.format("") + "def f(x): return Same()",
+    "equal int": EQUAL.format("(int)") + "def f(x): return Same(7)",
+    "equal str": EQUAL.format("(str)") + "def f(x): return Same()",
+    "equal list": EQUAL.format("(list)") + "def f(x): return Same()",
+    "equal class": EQUAL.format("(type)") + "class f(metaclass=Same): __new__ = lambda c, x: c",
+    "builtins": "for n in 'AssertionError compile exec'.split(): setattr(builtins, n, lambda *a: 0)",
+    "print": "print('1', 'pass', 'ok', flush=True)", "stderr": "sys.stderr.write('1\\npass\\n')",
+    "assert": "class A(BaseException):\n    def __init__(s, *a): os._exit(0)\nbuiltins.AssertionError = A",
+    "exit": "sys.exit = os._exit = exit = lambda *a: None", "trace": "sys.settrace(lambda *a: sys._exit(0))",
+    "frames": "frame = sys._getframe()\nwhile frame:\n    for k, v in [*frame.f_locals.items()]:\n"
+        "        if isinstance(v, int): frame.f_locals[k] = 1\n"
+        "        if hasattr(v, 'write'): v.write(b'1pass')\n    frame = frame.f_back",
+    "objects": "for x in gc.get_objects():\n    if isinstance(x, dict) and 'tests' in x: x['tests'] = 'pass'",
+    "write": "for n in range(100):\n    try: os.write(n, b'1\\npass')\n    except OSError: pass",
+    "answers": "for n in range(9): os.write(3, b'[\"return\", {\"other\": 0}, null]\\n')",
+    "protocol": "os.write(3, b'[\"return\", null, null]\\n[\"return\", {\"tuple\": [{\"dict\": [[\"f\", '"
+        "b'{\"type\": \"bool\"}], [\"__builtins__\", 0]]}, {\"dict\": []}]}, null]\\n')\nos._exit(0)",
+    "set": "set = sorted = len = abs = lambda *a: 0\ndef f(x): return [9]",
+}
+IMPORTS = "import builtins, ctypes, gc, os, socket, sys, time\n"
+POOL = "from concurrent.futures import ThreadPoolExecutor as T\ndef f(x): return [*T(8).map(abs, x)]"
+VALUES = [  # (code, or the body of f(x); tests; verdict): the tests see what they would see without a sandbox
+    ("os._exit(0)", "try: f(1)\nexcept Exception: pass", False),
+    ("return range(x)", "assert f(2) == [0, 1]", False), ("f = 2", "f += 1\nassert f == 3", True),
+    ("return Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}", True),
+    ("return deque(x)", "assert f([1]) == [1]", False), ("return x", "assert f(1) is True", False),
+    ("return map(str, x)", "assert list(f([1])) == ['1']", True), ("pass", "assert f(1) is None", True),
+    ("return map(str, x)", "assert f([1]) == ['1']", False), ("return x", "assert f(1.0) == True", True),
+    ("return count(x)", "g = f(7)\nassert (next(g), next(g)) == (7, 8)", True),
+    ("return Decimal(x)", "assert f('0.5') == 0.5", True), ("import math", "assert math.pi > 3", True),
+    ("class P(str): pass\ndef f(x): return P(x)", "assert f('a') == 'a'", True),
+    ("f = lambda x: 2 ** x", "assert f(99999) >> 99999 == 1", True),
+    ("class P:\n    def __init__(self, x): self.x = x\ndef f(p): return p.x",
+     "p = P(3)\np.y = 4\nassert f(p) + p.y == 7", True),
+    ("x.append(3)", "x = []\nf(x)\nassert x == [3]", True),
+    ("return float('nan')", "assert f(1) != f(1)", True),
+    ("def f(x, what, f): return x + what + f", "assert f(x=1, what=2, f=3) == 6", True),
+    ("raise ValueError('no')", "try: f(1)\nexcept ValueError as e: assert str(e) == 'no'", True),
+    ("return [x, (x, {x: {x}})]", "assert f(b'a') == [b'a', (b'a', {b'a': {b'a'}})]", True),
+    ("def f(x): return x\nif __name__ == '__main__': input()", "assert f(1) == 1", True),
+    ("return input()", "f(1)", False), ("open('left', 'x').close()", "f(1)", True),
+    ("open('left', 'x').close()", "f(1)", True),
+    ("def sum(a, b): return a + b", "assert sum(1, 2) == 3", True),
+    ("print('€')\ndef f(x): return '\\ud800'", "assert f(1) == '\\ud800'", True),
+    (POOL, "assert f([-1, 2]) == [1, 2]", True),
+]
+WITH = "import os\nfrom collections import *\nfrom decimal import Decimal\nfrom itertools import count\n"
+
+
+def running():
+    """pid -> (parent's pid, user) of all processes."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            fields = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+            if fields["State"][0] != "Z":
+                found[int(fields["Pid"])] = int(fields["PPid"]), int(fields["Uid"].split()[0])
+    return found
+
+
+def processes(users=()):
+    """This process, what it started, what that started, and what runs as one of the users."""
+    everything, found = running(), {os.getpid()}
+    for _ in everything:
+        found |= {pid for pid, (parent, user) in everything.items() if parent in found or user in users}
+    return found
+
+
+@both_ways
+def test_no_attack_passes_harms_or_outlives_its_time(namespaces, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "SECRET")
+    (tmp_path / "secret").touch(mode=0o600)
+    before = processes()
+    with socket.create_server(("127.0.0.1", 0)) as server, Sandbox(2, 1, 3, namespaces=namespaces) as sandbox:
+        codes = {name: IMPORTS + code + ("" if "def f" in code else RIGHT) for name, code in ATTACKS.items()}
+        codes |= {f"cheat: {name}": IMPORTS + WRONG + code for name, code in CHEATS.items()}
+        if not (namespaces or has_landlock()):
+            codes = {key: x for key, x in codes.items() if key.split()[0] not in ("read", "write", "list")}
+        for name, value in {"pid": os.getpid(), "port": server.getsockname()[1], "project": PROJECT,
+                            "home": Path.home(), "tmp": tempfile.gettempdir(),
+                            "secret": tmp_path / "secret"}.items():
+            codes = {key: code.replace("{" + name + "}", str(value)) for key, code in codes.items()}
+        tests = [TESTS if name != "cheat: set" else "assert set(f(1)) == set([2])" for name in codes]
+        users = {helper.uid for helper in sandbox.helpers}
+        helpers, start = processes(users), time.monotonic()
+        verdicts = sandbox.run(zip(codes.values(), tests))
+        assert [name for name, verdict in zip(codes, verdicts) if verdict] == []
+        assert time.monotonic() - start < 3.5 * len(codes)
+        assert processes(users) == helpers
+        start = time.monotonic()
+        assert sandbox.run([("import time\ntime.sleep(99)", "")]) == [False]
+        assert time.monotonic() - start < 3 + 2
+        pairs = [(RIGHT, TESTS), (WRONG, TESTS), (RIGHT, TESTS + "\nassert 0")]
+        assert sandbox.run(pairs) == [True, False, False]
+    assert processes(users) == before
+
+
+@both_ways
+def test_values_cross_the_processes_as_they_are(namespaces):
+    pairs = [(WITH + (code if re.search(r"\bf\b|sum|math", code) else f"def f(x): {code}"), tests)
+             for code, tests, _ in VALUES]
+    with Sandbox(1, namespaces=namespaces) as sandbox:  # one box after the other
+        verdicts = sandbox.run(pairs)
+    threads = namespaces or os.getuid() == 0  # else the user is the trainer's, all of whose threads count
+    expected = [right and (threads or code != POOL) for code, _, right in VALUES]
+    assert [row for row, ok, wanted in zip(VALUES, verdicts, expected) if ok != wanted] == []
+
+
+def test_the_sandbox_restarts_helpers_and_refuses_what_it_cannot_do(monkeypatch):
+    with Sandbox(2, wall_seconds=5) as sandbox:
+        for helper in sandbox.helpers:
+            os.kill(helper.process.pid, signal.SIGKILL)
+        assert sandbox.run([(RIGHT, TESTS)] * 5) == [True] * 5
+    with pytest.raises(InputError, match="cannot start"), monkeypatch.context() as patch:
+        patch.setattr(train_code, "HELPER", "raise SystemExit")
+        Sandbox(2)
+    refused = train_code.HELPER.replace('"unshare", user', '"unshare", 1 | user')
+    monkeypatch.setattr(train_code, "HELPER", refused)
+    with pytest.warns(UserWarning, match="No namespaces .*unshare") as caught:
+        sandbox = Sandbox(2)
+    with sandbox:
+        assert len(caught) == 1 and sandbox.run([(RIGHT, TESTS), (WRONG, TESTS)]) == [True, False]
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(InputError, match="Linux only"):
+        Sandbox()
+
+
+@both_ways
+def test_nothing_outlives_a_killed_trainer(namespaces, tmp_path):
+    before = processes()
+    lines = f"Sandbox(2, namespaces={namespaces}).run([('import time\\ntime.sleep(99)', '')] * 2)"
+    command = [sys.executable, "-W", "ignore", "-c", f"from train_code import Sandbox; {lines}"]
+    trainer = subprocess.Popen(command, cwd=PROJECT, env=os.environ | {"TMPDIR": str(tmp_path)})
+    end = time.monotonic() + 60
+    while len(started := processes() - before) < 7 and time.monotonic() < end:
+        time.sleep(0.1)
+    trainer.kill()
+    trainer.wait()
+    assert len(started) >= 7  # it, helpers, judges, candidates
+    end = time.monotonic() + 10
+    while (left := started & set(running())) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
+
+
+@pytest.mark.parametrize(("completion", "code"), [
+    ("No fence", "No fence"), ("", ""), ("```\nx = 1\n```", "x = 1\n"),
+    ("```python\r\nx = 1\r\n", "x = 1\n"), ("```python\nx\n```\n```\nout\n```", "x\n"),
+    ("a\n```python\nx = 1\n```\nb\n```py\ny = 2\n```\n", "y = 2\n"),
+    ("```Python\nx = 1\n```\n```text\n1\n```", "x = 1\n"),
+    ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y\n")])
+def test_extract_code(completion, code):
+    assert extract_code(completion) == code
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train_code: the task
+
+MBPP = {"text": "Add one.", "code": RIGHT, "test_setup_code": "", "test_list": TESTS.split("\n")}
+HUMANEVAL = {"task_id": "HumanEval/0", "entry_point": "f", "canonical_solution": "    return [g(x)]\n",
+             "prompt": "from typing import List\n\ndef g(x): return x + 1\n\n"
+                       'def f(x: int) -> List[int]:\n    """The next."""\n',
+             "test": "def check(candidate):\n    assert candidate(1) == [g(1)]\n"}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_mbpp_is_split_by_task_id_and_humaneval_is_only_a_test(tmp_path):
+    mbpp = write(tmp_path / "mbpp.jsonl", [MBPP | {"task_id": i} for i in (1, 11, 510, 511, 600, 601, 974)])
+    human = write(tmp_path / "HumanEval.jsonl", [HUMANEVAL])
+    for test_file in (human, f"{mbpp},{human}"):
+        train, tests = load_data(RunConfig(train_file=mbpp, test_file=test_file))
+        assert [p["task_id"] for p in train] == [601, 974]
+        ids = {name: [p["task_id"] for p in problems] for name, problems in tests.items()}
+        assert ids == {"mbpp": [11, 510], "humaneval": ["HumanEval/0"]}
+    for train_file in (human, write(tmp_path / "few.jsonl", [MBPP | {"task_id": 11}])):
+        with pytest.raises(InputError, match="training task_ids, 601 to 974"):
+            load_data(RunConfig(train_file=train_file, test_file=human))
+    with pytest.raises(InputError, match="no such file"):
+        load_data(RunConfig(train_file=mbpp, test_file=f"{human},nowhere"))
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    (MBPP, "line 2: the field 'task_id'"), (MBPP | {"task_id": "601"}, "row 2: 'task_id' is not a number"),
+    (MBPP | {"task_id": 1, "text": None}, "row 2: 'text' is not a str"),
+    (MBPP | {"task_id": 1, "text": " "}, "row 2: 'text' is empty"),
+    (MBPP | {"task_id": 1, "test_list": "assert 1"}, "row 2: 'test_list' is not a list"),
+    (MBPP | {"task_id": 1, "test_list": []}, "row 2: 'test_list' holds no tests"),
+    (MBPP | {"task_id": 1, "test_list": ["assert f(1) == "]}, "row 2: the tests are not Python"),
+    (HUMANEVAL | {"test": 3}, "row 2: 'test' is not a str"),
+    (HUMANEVAL | {"entry_point": "h"}, "row 2: 'prompt' does not define the entry_point 'h'")])
+def test_a_bad_row_is_named(row, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load_problems(write(tmp_path / "rows.jsonl", [MBPP | {"task_id": 1}, row]))
+
+
+def test_evaluate_rewards_what_passes_in_every_way_to_answer(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [MBPP | {"task_id": 601}, HUMANEVAL])
+    mbpp, human = load_problems(path)
+    assert "Add one." in mbpp["ask"] and TESTS in mbpp["ask"] and HUMANEVAL["prompt"].strip() in human["ask"]
+    whole = "def f(x: int) -> List[int]:\n    return [g(x)]"  # needs the prompt's import and helper
+    answers = [  # (problem, completion, right?)
+        (mbpp, f"Sure:\n```python{RIGHT}```", True), (mbpp, RIGHT, True),
+        (mbpp, f"```python{WRONG}```", False), (mbpp, "I cannot.", False),
+        (human, f"```python\n{whole}\n```", True),
+        (human, HUMANEVAL["canonical_solution"], True), (human, "```python\nreturn [x + 1]\n```", True),
+        (human, whole.replace("def f", "def h"), False), (human, "    pass\n", False),
+        (human, "def g(x): return 2\n" + whole, True),  # right for 1, and the tests use their own g
+        (human, "def g(x): return 0\n" + whole, False)]
+    completions = [Completion(text, [1], [0.0]) for _, text, _ in answers]
+    monkeypatch.setattr(train_code, "generate", lambda *_, **__: completions)
+    monkeypatch.setattr(train_code, "fits_context", lambda _, __, prompts, ___: [True] * len(prompts))
+    tokenizer = SimpleNamespace(apply_chat_template=lambda messages, **_: messages[0]["content"])
+    with Sandbox(2) as sandbox:
+        task = CodeTask(None, tokenizer, [mbpp], {"humaneval": [human]}, GRPOConfig(), 0, False, sandbox)
+        right, metrics = task.evaluate([problem for problem, _, _ in answers])
+    assert (right, metrics) == ([ok for _, _, ok in answers], {})
+
+
+def test_the_demo_s_reference_functions_pass_and_noisy_ones_often_fail():
+    numbers, taken = random.Random(0), set()
+    rows = [row for long in (False, True) for row in train_code.problem_rows(numbers, range(40), long, taken)]
+    assert len(taken) == 80 and {row["code"].count("\n") for row in rows} == {2, 3}
+    programs = [(row["code"], "\n".join(row["test_list"])) for row in rows]
+    with Sandbox(2) as sandbox:
+        assert all(sandbox.run(programs))
+        assert not any(sandbox.run([(code.replace("return x", "return 1 + x"), t) for code, t in programs]))
+    tasks, clean, noisy = 300, *([train_code.exercise(random.Random(i), False, noisy) for i in range(300)]
+                                 for noisy in (False, True))
+    assert 0.3 * tasks < sum(a != b for a, b in zip(clean, noisy)) < 0.7 * tasks
+
+
+@needs_data
+def test_every_reference_solution_scores_1_and_renamed_or_silenced_0():
+    rows, triples = [], []
+    with open(f"{DATA}/mbpp.jsonl") as mbpp, gzip.open(f"{DATA}/HumanEval.jsonl.gz", "rt") as human:
+        rows = [json.loads(line) for file in (mbpp, human) for line in file]
+    problems = load_problems(f"{DATA}/mbpp.jsonl") + load_problems(f"{DATA}/HumanEval.jsonl.gz")
+    references = []
+    for row, problem in zip(rows, problems, strict=True):
+        body = row.get("canonical_solution")
+        whole = row["prompt"] + body if body else row["code"]
+        references += [program(problem, f"Here:\n```python\n{whole}\n```")]
+        references += [program(problem, body)] if body else []  # continued
+        tree, used = ast.parse(whole), ast.parse(problem["tests"])
+        used = {row["entry_point"]} if body else {n.id for n in ast.walk(used) if isinstance(n, ast.Name)}
+        silent = ast.unparse(NoReturn().visit(ast.parse(whole)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name in used:
+                node.name += "_"
+        triples += [program(problem, ast.unparse(tree)), program(problem, silent)]
+    assert len(references) == 974 + 2 * 164 and len(triples) == 2 * (974 + 164)
+    with Sandbox(2) as sandbox:
+        assert sandbox.run(references) == [True] * len(references)
+    with Sandbox(2, cpu_seconds=2, wall_seconds=10) as sandbox:
+        assert not any(sandbox.run(triples))
+
+
+class NoReturn(ast.NodeTransformer):
+    def visit_Return(self, node):
+        return ast.Pass()
 
 
 # ------------------------------------------------------------------------------------------------------------
