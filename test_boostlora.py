@@ -32,6 +32,7 @@ from transformers import (
     AutoTokenizer,
     EsmConfig,
     EsmForSequenceClassification,
+    EsmForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -74,6 +75,17 @@ from train_code import (
     program,
 )
 from train_math import grade
+from train_protein import (
+    LETTERS,
+    LINKER,
+    PairClassifier,
+    ProteinTask,
+    auc,
+    connected,
+    f1,
+    load_pairs,
+    split,
+)
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("BOOSTLORA_DATA", ""))
@@ -1439,6 +1451,124 @@ def test_every_reference_solution_scores_1_and_renamed_or_silenced_0():
 class NoReturn(ast.NodeTransformer):
     def visit_Return(self, node):
         return ast.Pass()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train_protein
+
+WORDS = ["<cls>", "<pad>", "<eos>", "<unk>", *LETTERS, ".", "-", "<null_1>", "<mask>"]
+
+
+def protein_task(count=150, **options) -> ProteinTask:
+    """Two blocks of a random ESM; a pair binds if its ligand begins with K, not D. Some labels are wrong."""
+    torch.manual_seed(0)
+    model = PairClassifier(EsmConfig(
+        vocab_size=33, pad_token_id=1, mask_token_id=32, max_position_embeddings=80, hidden_size=32,
+        num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, initializer_range=0.1, num_labels=1,
+        position_embedding_type="rotary", token_dropout=True))
+    tokenizer = type("", (), {"get_vocab": lambda self: {word: i for i, word in enumerate(WORDS)}})()
+    rows = []
+    for i in range(count):
+        a, b = ("".join(LETTERS[j] for j in torch.randint(0, 20, (8 + i % 5,)).tolist()) for _ in "ab")
+        label = (i + (i % 5 > 0)) % 2
+        rows.append({"ligand": "KD"[i % 2] * 2 + a, "receptor": b, "label": label, "pdb": f"P{i // 3}"})
+    options = {"steps": 8, "batch_tokens": 800, "lr": 0.05, **options}
+    return ProteinTask(model.eval(), tokenizer, rows, {"test": rows[:12]}, CEConfig(**options), seed=0)
+
+
+def test_rows_are_counted_by_reason(tmp_path, capsys):
+    rows = ['"mk, lx",ACD,1e-8,1ABC,no_mutation', "MK,ACD,1e-7,1abc,applied", "MK,ACD,1e-9,1ABC,not_applied",
+            " ,ACD,1e-9,1ABC,", "MJ,ACD,1e-9,1ABC,", "MK,ACD,,1ABC,", "MK,ACD,0,1ABC,", "MK,ACD,>1e-5,1ABC,"]
+    path = tmp_path / "pairs.csv"
+    path.write_text("Ligand Sequences,Receptor Sequences,KD(M),PDB,mutation_status\n" + "\n".join(rows))
+    assert load_pairs(path) == [{"ligand": "MKLX", "receptor": "ACD", "label": 1, "pdb": "1ABC"},
+                                {"ligand": "MK", "receptor": "ACD", "label": 0, "pdb": "1ABC"}]
+    shown = capsys.readouterr().out
+    assert "2 usable rows, 1 of them bind" in shown
+    for reason in ("the mutation is", "an empty seq", "letters", "KD(M) is missing", "KD(M) is not above 0",
+                   "KD(M) is not a number"):
+        assert f"1 left out: {reason}" in shown
+    for row, reason in [("MK,AC,1,x", "label 1"), ("MK,AC,7,x", "no usable row"), ("", "no usable row"),
+                        (None, "no column")]:
+        path.write_text("a,b" if row is None else f"ligand_seq,receptor_seq,label,PDB\n{row}")
+        with pytest.raises(InputError, match=reason):
+            load_pairs(path)
+
+
+def test_no_group_is_on_both_sides():
+    torch.manual_seed(0)
+    rows = [{"ligand": f"L{a}", "receptor": f"L{b}", "label": 0, "pdb": f"{p}"}
+            for a, b, p in torch.randint(0, 3000, (300, 3)).tolist()]
+    train, test = split(rows, seed=0)
+    keys = [{value for row in side for value in (row["ligand"], row["receptor"], f"PDB {row['pdb']}")}
+            for side in (train, test)]
+    assert not keys[0] & keys[1] and len(train) + len(test) == 300 and 30 < len(test) <= 60
+    assert split(rows, seed=0) == (train, test) != split(rows, seed=1)
+    chain = [{"ligand": a, "receptor": b, "pdb": p} for a, b, p in
+             [("A", "B", ""), ("C", "D", "1"), ("E", "C", "2"), ("F", "G", "2"), ("H", "I", "")]]
+    assert connected(chain) == [[0], [1, 2, 3], [4]]
+
+
+def test_pooling_sees_the_partners_only():
+    task = protein_task()
+    short, long = task.train[0], {**task.train[4], "ligand": "W" * 30, "receptor": "Y" * 90}
+    ids, residues = task.tokens(long)
+    assert len(ids) == 78 and sum(residues) == task.room == 51 and ids.count(WORDS.index("W")) == 25
+    alone, together = task.collate([short])[0], task.collate([short, long])[0]  # with padding
+    torch.testing.assert_close(task.model.features(**together)[:1], task.model.features(**alone))
+    hidden = task.model.esm(alone["input_ids"], attention_mask=alone["attention_mask"]).last_hidden_state[0]
+    n = len(short["ligand"])
+    partners = torch.cat([hidden[1:n + 1], hidden[n + 1 + len(LINKER):-1]])
+    torch.testing.assert_close(task.model.features(**alone)[0], partners.mean(0))
+
+
+def test_f1_and_auc():
+    scores, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.4]), torch.tensor([0, 0, 1, 1, 1])
+    assert auc(scores, labels) == pytest.approx(5 / 6)  # pairs: 1 1 1, 1/2 1 1/2
+    assert auc(-scores, labels) == pytest.approx(1 / 6) and auc(torch.zeros(5), labels) == 0.5
+    assert f1(scores > 0.3, labels) == pytest.approx(6 / 7) and f1(scores > 1, labels) == 0
+
+
+@pytest.mark.parametrize("replay", [0, 2])
+def test_no_round_makes_the_training_loss_worse(replay, tmp_path):
+    task = protein_task(lr=0.1)  # too large for a whole step
+    task.probe(tmp_path)
+    head = task.model.classifier.weight.clone()
+    booster = Booster(task.model, BoostConfig(rounds=4, groups=0, rank=4, u=4, replay=replay))
+    records = boost(booster, task, tmp_path)
+    losses = [record["train_loss"] for record in records]
+    assert losses == sorted(losses, reverse=True) and len(losses) == 5
+    assert losses[-1] < losses[0] or not replay
+    assert any(record["scale"] < 1 for record in records[1:])
+    assert {"test_accuracy", "test_f1", "test_auc"} <= records[-1].keys()
+    assert torch.equal(task.model.classifier.weight, head) and len(find_targets(task.model)) == 2 * 6
+    inputs, logits = task.collate(task.train[:5])[0], task.evaluate(task.train[:5])
+    reloaded = PairClassifier.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(reloaded(**inputs).logits, task.model(**inputs).logits) and logits[1]["loss"] > 0
+    stock = EsmForTokenClassification.from_pretrained(tmp_path / "model").eval()
+    z = stock(inputs["input_ids"], inputs["attention_mask"]).logits[..., 0]
+    z = (z * inputs["residues"]).sum(1) / inputs["residues"].sum(1)
+    torch.testing.assert_close(z, reloaded(**inputs).logits[:, 1])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_cross_entropy_trains_v_alone(recompute, tmp_path):
+    task = protein_task(line_search=False, recompute=recompute, steps=40, lr=0.02, batch_tokens=4000)
+    task.probe(tmp_path)
+    before, loss = [p.clone() for p in task.model.parameters()], task.evaluate(task.train)[1]["loss"]
+    booster = Booster(task.model, BoostConfig(rounds=1, groups=0, u=4))
+    task.fit(task.train, v := booster.attach(), 0)
+    assert v.abs().sum() > 0 and task.evaluate(task.train)[1]["loss"] < loss
+    assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
+
+
+@needs_data
+def test_the_real_pairs(capsys):
+    rows = load_pairs(DATA / "ppb_affinity_sequences.csv.gz")
+    assert len(rows) == 11548 and sum(row["label"] for row in rows) == 7049
+    assert "471 left out: the mutation is not in the sequence" in capsys.readouterr().out
+    assert max(map(len, connected(rows))) == 1384
+    assert len(split(rows, seed=0)[1]) / len(rows) == pytest.approx(0.2, abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------
