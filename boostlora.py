@@ -1041,8 +1041,8 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
                 booster.save(out / "adapters.safetensors")
             save_file(out / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in records))
             say(describe(records, rounds))
-            if t < 0 and failed and rounds:  # a completion costs about half as much again to train on
-                training = 1.5 * getattr(task, "completions", len(train)) / len(train)
+            if t < 0 and failed and rounds:  # a completion that is trained on costs twice as much
+                training = 2 * getattr(task, "completions", len(train)) / len(train)
                 estimate = rounds * evaluation * (1 + training) + seconds["evaluate"] - evaluation
                 say(f"          about {clock(estimate)} to go")
         if process() == 0:
