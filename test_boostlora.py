@@ -1018,7 +1018,7 @@ def test_memory_flags_may_change_when_a_run_goes_on(small_qwen, tmp_path, monkey
 
 
 def test_two_processes_find_the_same_failures_and_hold_the_same_vectors(toy, tmp_path):
-    flags = ("--rounds", "2", "--steps", "2", "--prompts", "3", "--limit", "60", "--test_limit", "8")
+    flags = ("--rounds", "2", "--steps", "6", "--prompts", "1", "--limit", "60", "--test_limit", "8")
     shutil.copytree(toy, tmp_path / "one" / "base")
     shutil.copytree(toy, tmp_path / "two" / "base")
     one = demo(tmp_path / "one", *flags)
