@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import json
@@ -236,7 +237,8 @@ def check_fit(targets: dict[str, nn.Linear], config: BoostConfig) -> None:
         side, weight = min(linear.weight.shape), linear.weight
         require(weight.is_floating_point(), f"{name} holds {weight.dtype}: load the model unquantised")
         require(k <= side, f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets, "
-                f"but {name} {list(weight.shape)} has {side}: at most --rounds {side // config.rank}")
+                f"but {name} {list(weight.shape)} has {side}: at most "
+                + (f"--rounds {side // config.rank}" if config.rank <= side else f"--rank {side}"))
     require(config.groups <= len(targets), f"--groups {config.groups}: there are only {len(targets)} targets")
 
 
@@ -930,6 +932,8 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         LOCKED.remove(folder)
         os.close(handle)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only an empty one goes: a run that was refused leaves nothing
 
 
 # What may differ when a run goes on: more rounds continue it, the others do not change what is learned but
@@ -1150,6 +1154,9 @@ class RunConfig:
         at_least(self, limit=0, test_limit=0, test_every=0)
         require(not (self.export_lora and self.method == "full"), "--export_lora: not with --method full")
         require(not (self.demo and (self.train_file or self.test_file)), "--demo makes its own data files")
+        self.model = "demo" if self.demo else self.model
+        require(not self.model.startswith((".", "/", "~")) or Path(self.model).is_dir(),
+                f"--model {self.model}: there is no such folder; name a model on the Hub, or try --demo")
         if self.dtype == "auto":
             self.dtype = "float32" if self.demo or self.method == "full" else "bfloat16"
         require(self.method == "boost" or self.dtype == "float32",
@@ -1168,7 +1175,13 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
         disable_progress_bar()
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
     parser.set_defaults(**{**defaults, **(demo if "--demo" in sys.argv else {})})
-    return parser.parse_args_into_dataclasses(look_for_args_file=False)
+    *configs, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True,
+                                                           look_for_args_file=False)
+    flags = [f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind)]
+    near = difflib.get_close_matches(unknown[0], flags, 1) if unknown else []
+    hint = "".join(f": did you mean {name}?" for name in near)
+    require(not unknown, f"unknown flag {''.join(unknown[:1])}{hint}")
+    return tuple(configs)
 
 
 @contextlib.contextmanager
@@ -1241,7 +1254,9 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
     require(tokenizer.chat_template, f"--model {args.model} has no chat template: use an instruct model")
     with torch.device("meta"), loading(f"--model {args.model}", "use a causal language model"):
         shell = AutoModelForCausalLM.from_config(config)
-    check_fit(find_targets(shell), boosting)
+    targets = find_targets(shell)
+    if args.method == "boost":
+        check_fit(targets, boosting)
     size = sum(p.numel() for p in shell.parameters())
     if size > 3e8 and not torch.cuda.is_available():
         seconds = 300 * 2 * size / 1e11  # 300 tokens at 100 GFLOP/s

@@ -909,7 +909,7 @@ def test_bad_data_is_refused_by_file_and_row(tmp_path, monkeypatch, rows, named)
 def test_bad_models_are_refused_with_a_way_out(small_qwen, toy, tmp_path, monkeypatch):
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     rest = ("--train_file", data, "--test_file", data, "--out", tmp_path / "run", *QUICK)
-    with pytest.raises(InputError, match="--model .*nowhere could not be loaded.*--demo"):
+    with pytest.raises(InputError, match="--model .*nowhere: there is no such folder.*--demo"):
         run_math(monkeypatch, "--model", tmp_path / "nowhere", *rest)
     silent = shutil.copytree(small_qwen, tmp_path / "silent")
     (silent / "chat_template.jinja").unlink()
@@ -924,6 +924,23 @@ def test_bad_models_are_refused_with_a_way_out(small_qwen, toy, tmp_path, monkey
         run_math(monkeypatch, "--model", small_qwen, *rest, "--max_new_tokens", 600)
     with pytest.raises(InputError, match="--groups 999"):
         run_math(monkeypatch, "--model", small_qwen, *rest, "--groups", 999)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--rouns", "3"], "unknown flag --rouns: did you mean --rounds"),
+    (["--demo", "--train_file", "x"], "its own"),
+    (["--method", "full", "--dtype", "bfloat16"], "rounds small steps away")])
+def test_flags_that_make_no_sense_are_refused(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        run_math(monkeypatch, *flags)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_the_demo_is_checked_before_it_pre_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_math, "make_demo", None)
+    with pytest.raises(InputError, match="has 48: at most --rounds 4|has 96"):
+        run_math(monkeypatch, "--demo", "--rank", 12, "--out", tmp_path)
 
 
 def test_a_mistake_ends_in_one_sentence_and_code_2(tmp_path):
@@ -1586,6 +1603,16 @@ def test_the_example_of_the_readme_runs_as_it_stands(toy, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     exec(example, {"__name__": "example"})  # noqa: S102 - the README's own program
     assert len((tmp_path / "runs" / "mine" / "rounds.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_lines_of_the_readme_that_load_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    qwen().save_pretrained("runs/math-demo/base")
+    model = qwen()
+    trained(model, rounds=10, rank=1).save("runs/math-demo/adapters.safetensors")
+    loaded = {}
+    exec(readme_blocks()[1], loaded)  # noqa: S102
+    assert same_bits(bits(loaded["model"]), bits(model)) and not same_bits(bits(loaded["early"]), bits(model))
 
 
 def test_the_readme_names_functions_that_exist():
