@@ -943,6 +943,39 @@ def test_the_demo_is_checked_before_it_pre_trains(tmp_path, monkeypatch):
         run_math(monkeypatch, "--demo", "--rank", 12, "--out", tmp_path)
 
 
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (torch.OutOfMemoryError("CUDA"), 1, "lower --cache_tokens"), (KeyboardInterrupt(), 130, "same command"),
+    (FloatingPointError("not finite"), 1, "before this one are kept"), (InputError("no"), 2, "error: no")])
+def test_what_ends_a_run_is_told_in_a_sentence(capsys, error, code, message):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        boostlora.run(main)
+    assert exit.value.code == code and message in capsys.readouterr().err
+
+
+def test_a_large_model_without_a_gpu_is_warned_of(small_qwen, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(small_qwen, tmp_path / "3b")
+    (folder / "model.safetensors").unlink()
+    config = Qwen2Config(vocab_size=151936, hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
+                         num_key_value_heads=2, intermediate_size=11008, tie_word_embeddings=True)
+    config.save_pretrained(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(InputError, match="could not be loaded"):  # there are no weights
+        run_math(monkeypatch, "--model", folder, "--train_file", data, "--test_file", data,
+                 "--out", tmp_path / "run")
+    assert "3.1 billion weights and no GPU: expect about 19 s for each" in capsys.readouterr().out
+
+
+def test_a_tokenizer_needs_no_pad_token(talker):
+    model, tokenizer = talker
+    expected = [c.tokens for c in generate(model, tokenizer, QUESTIONS, max_new_tokens=8)]
+    tokenizer.pad_token = None
+    assert expected == [c.tokens for c in generate(model, tokenizer, QUESTIONS, max_new_tokens=8)]
+
+
 def test_a_mistake_ends_in_one_sentence_and_code_2(tmp_path):
     done = subprocess.run([sys.executable, HERE / "train_math.py", "--rank", "0"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120, check=False)
