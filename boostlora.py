@@ -755,7 +755,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
                     [(q, a) for _, c, a in part for q in c.logprobs]).unbind(1)
                 (-(advantage * logprobs).sum()).backward()
                 gap += float((logprobs.detach() - sampled).abs().sum())
-        require(gap < total, f"{type(model).__name__} changes its logits after the head (soft-capping, "
+        require(not gap >= total, f"{type(model).__name__} changes its logits after the head (soft-capping, "
                 "scaling): training would see another policy than sampling")
         descend(optimizer, parameters, config.max_grad_norm, total)
         gap_sum += gap
