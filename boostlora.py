@@ -202,7 +202,7 @@ def leading_eigenpairs(G: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
         # the filter's gain is e^(degree * acosh(2 lambda / a - 1)): over e^20 apart, the small ones are lost
         gains = (2 * ritz / a - 1).clamp(min=1).acosh()
         degree = int((20 / (gains[0] - gains[missing - new - 1])).clamp(1, 12))
-        before, X = X, GX * (2 / a) - X  # T_0 and T_1 of 2 G / a - 1; then T_(j+1) = 2 (2 G / a - 1) T_j - T_(j-1)
+        before, X = X, GX * (2 / a) - X  # T_0 and T_1 of A = 2 G / a - 1; then T_(j+1) = 2 A T_j - T_(j-1)
         for _ in range(degree - 1):
             before, X = X, (rest @ X) * (4 / a) - 2 * X - before
     values, vectors = torch.linalg.eigh(G)  # ascending
@@ -729,7 +729,7 @@ def token_logprobs(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor,
 
 
 def completion_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]],
-                        temperature: float = 1.0, chunk: int = 512) -> torch.Tensor:
+                        temperature: float = 1.0, chunk: int = 256) -> torch.Tensor:
     """log pi of every completion token in rows of (prompt tokens, completion tokens), fp32 [tokens], in
     order.
 
@@ -800,10 +800,12 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
         advantages = group_advantages(rewards, n)
         completed, reward_sum = completed + len(rewards), reward_sum + sum(rewards)
         flat += int((advantages == 0).all(1).sum())
-        graded = zip(owners, done, advantages.flatten().tolist(), strict=True)
-        rows = [(prompt_tokens[i], c, a) for i, c, a in graded if a]
         kept = (advantages != 0).any(1).repeat_interleave(n).tolist()
         total = sum(len(c.tokens) for c, keep in zip(done, kept, strict=True) if keep)  # end tokens included
+        summed: dict[tuple[int, tuple[int, ...]], list] = {}  # equal completions of a prompt train as one
+        for i, c, a in zip(owners, done, advantages.flatten().tolist(), strict=True):
+            summed.setdefault((i, tuple(c.tokens)), [c.logprobs, 0.0])[1] += a
+        rows = [(prompt_tokens[i], list(c), old, a) for (i, c), (old, a) in summed.items() if a]
         seconds["generate"] += time.perf_counter() - start
         if not rows:
             continue
@@ -812,23 +814,21 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
         optimizer.zero_grad()
         gap = 0.0
         with without_dropout(model, config.recompute):
-            lengths = [len(p) + len(c.tokens) for p, c, _ in mine]
-            for batch in micro_batches(lengths, config.micro_batch_tokens):
+            for batch in micro_batches([len(p) + len(c) for p, c, _, _ in mine], config.micro_batch_tokens):
                 part = [mine[i] for i in batch]
-                logprobs = completion_logprobs(model, [(p, c.tokens) for p, c, _ in part], config.temperature)
-                sampled, advantage = logprobs.new_tensor(
-                    [(q, a) for _, c, a in part for q in c.logprobs]).unbind(1)
+                logprobs = completion_logprobs(model, [(p, c) for p, c, _, _ in part], config.temperature)
+                old, advantage = logprobs.new_tensor([(q, a) for *_, old, a in part for q in old]).unbind(1)
                 (-(advantage * logprobs).sum()).backward()
-                gap += float((logprobs.detach() - sampled).abs().sum())
-        require(not gap >= total, f"{type(model).__name__} changes its logits after the head (soft-capping, "
-                "scaling): training would see another policy than sampling")
+                gap += float((logprobs.detach() - old).abs().sum())
+        tokens = sum(len(c) for _, c, _, _ in mine)
+        require(not gap >= max(tokens, 1), f"{type(model).__name__} changes its logits after the head "
+                "(soft-capping, scaling): training would see another policy than sampling")
         descend(optimizer, parameters, config.max_grad_norm, total)
-        gap_sum += gap
-        steps, trained = steps + 1, trained + total
+        steps, gap_sum, trained = steps + 1, gap_sum + gap, trained + tokens
         seconds["train"] += time.perf_counter() - start
     note = {} if steps else {"note": "nothing could be learned: in no group did the rewards differ"}
     return {"steps": steps, "completions": completed, "flat_groups": flat, "reward": reward_sum / completed,
-            "logprob_gap": sum(gather(gap_sum)) / max(trained, 1), "seconds": seconds, **note}
+            "logprob_gap": sum(gather(gap_sum)) / max(sum(gather(trained)), 1), "seconds": seconds, **note}
 
 
 def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float,

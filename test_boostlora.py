@@ -187,8 +187,8 @@ def test_svd_basis_agrees_with_float64_svd(shape, spectrum):
     left = torch.linalg.qr(torch.randn(shape[0], side, generator=random).double()).Q
     right = torch.linalg.qr(torch.randn(shape[1], side, generator=random).double()).Q
     flat = 1 + torch.rand(side, generator=random).sort(descending=True).values
-    S = {"decaying": 100 ** (-torch.arange(side) / 39.0), "flat": flat,
-         "outliers": flat * torch.tensor([30.0, 10.0] + [1.0] * (side - 2)), "orthogonal": flat**1e-4}[spectrum]
+    S = {"decaying": 100 ** (-torch.arange(side) / 39.0), "flat": flat, "orthogonal": flat**1e-4,
+         "outliers": flat * torch.tensor([30.0, 10.0] + [1.0] * (side - 2))}[spectrum]
     weight = (left * S.double() @ right.T).float()
     U, S, V = svd_basis(weight, k)
     exact = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -417,8 +417,8 @@ def test_the_lora_export_is_the_exact_sum(tmp_path, make):
         assert torch.allclose(B @ A, booster.delta(name), atol=1e-6) and A.shape[0] == 2 * 3
     peft = pytest.importorskip("peft", reason="peft is not installed: its loader is not tried on the export")
     lora = peft.PeftModel.from_pretrained(plain, tmp_path / "lora")
-    assert torch.allclose(logits(lora), logits(model), atol=1e-4)
-    assert torch.allclose(logits(lora.merge_and_unload()), logits(model), atol=1e-4)
+    assert torch.allclose(logits(lora), logits(model), atol=1e-5)
+    assert torch.allclose(logits(lora.merge_and_unload()), logits(model), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -519,12 +519,12 @@ def test_a_reward_must_be_finite_and_a_policy_the_same_in_training(talker):
         grpo(model, tokenizer, QUESTIONS, parity, v, config)
 
 
-@pytest.mark.parametrize(("recompute", "budget"), [(False, 10**6), (True, 60)])
-def test_the_gradient_is_the_hand_computed_one(talker, recompute, budget):
+@pytest.mark.parametrize(("recompute", "budget", "length"), [(False, 10**6, 12), (True, 60, 12), (True, 60, 4)])
+def test_the_gradient_is_the_hand_computed_one(talker, recompute, budget, length):
     model, tokenizer = talker
     booster = Booster(model, BoostConfig(rounds=1, u=2, groups=3))
     v = booster.attach()
-    config = GRPOConfig(steps=1, prompts=4, group_size=6, max_new_tokens=12, recompute=recompute,
+    config = GRPOConfig(steps=1, prompts=4, group_size=6, max_new_tokens=length, recompute=recompute,
                         micro_batch_tokens=budget, max_grad_norm=1e9, temperature=0.8, lr=1e-9)
     seen = {}
 
@@ -536,8 +536,10 @@ def test_the_gradient_is_the_hand_computed_one(talker, recompute, budget):
     ours = v.grad.clone()
     order = torch.randperm(4, generator=generator(7, "order", 2)).tolist()
     assert seen["indices"] == [i for i in order for _ in range(6)]
-    completions = generate(model, tokenizer, [QUESTIONS[i] for i in order], 6, 0.8, 12, (7, 2, 0))
+    completions = generate(model, tokenizer, [QUESTIONS[i] for i in order], 6, 0.8, length, (7, 2, 0))
     assert [c.text for c in completions] == seen["texts"]
+    different = len({(i, *c.tokens) for i, c in zip(seen["indices"], completions, strict=True)})
+    assert (different < 24) == (length == 4)  # equal completions, which train as one, are in the last case
     loss, tokens, flat = 0.0, 0, 0
     for g in range(4):  # one completion at a time, with the logits of every position
         r = torch.tensor(seen["rewards"][6 * g:6 * g + 6])

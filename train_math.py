@@ -18,6 +18,7 @@ import json
 import math
 import random
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from boostlora import (
     BoostConfig,
     GRPOConfig,
     RunConfig,
+    at_least,
     chat,
     check_fit,
     completion_logprobs,
@@ -49,6 +51,7 @@ from boostlora import (
     run,
     run_folder,
     say,
+    setting,
     subset,
 )
 
@@ -56,6 +59,15 @@ INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within 
 DEFAULTS = {"model": "Qwen/Qwen2.5-3B-Instruct", "out": "runs/math", "limit": 1500}
 DEMO = {"out": "runs/math-demo", "limit": 0, "rounds": 10, "rank": 4, "u": 16, "groups": 0, "steps": 8,
         "prompts": 32, "lr": 0.01, "max_new_tokens": 40, "recompute": False}
+
+
+@dataclass
+class MathConfig(RunConfig):
+    demo_steps: int = setting(400, "pre-training steps of the demo's base model; 140 make a harder one")
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, demo_steps=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -111,8 +123,9 @@ class MathTask:
         completions = generate(self.model, self.tokenizer, self.prompts(examples), label="evaluate",
                                max_new_tokens=config.max_new_tokens, cache_tokens=config.cache_tokens)
         pairs = [(c.text, e["answer"]) for c, e in zip(completions, examples, strict=True)]
-        lenient = sum(grade(text, answer) for text, answer in pairs) / len(pairs)
-        return [solved(text, answer, self.demo) for text, answer in pairs], {"lenient_accuracy": lenient}
+        right = [solved(text, answer, self.demo) for text, answer in pairs]
+        lenient = sum(ok or grade(*pair) for ok, pair in zip(right, pairs, strict=True)) / len(pairs)
+        return right, {"lenient_accuracy": lenient}
 
     def fit(self, examples: list[dict[str, str]], v: nn.Parameter, round: int) -> dict[str, Any]:
         def reward(indices: list[int], texts: list[str]) -> list[float]:
@@ -124,12 +137,12 @@ class MathTask:
 
 
 def main() -> None:
-    args, boosting, training = parse((RunConfig, BoostConfig, GRPOConfig), __doc__, DEFAULTS, DEMO)
+    args, boosting, training = parse((MathConfig, BoostConfig, GRPOConfig), __doc__, DEFAULTS, DEMO)
     with run_folder(args, boosting, training) as settings:
         if args.demo:
             base = Path(args.out) / "base"
             check_fit(find_targets(demo_model(boosting.seed)), boosting)
-            on_first_process(lambda: base.exists() or make_demo(base, boosting.seed))
+            on_first_process(lambda: base.exists() or make_demo(base, boosting.seed, args.demo_steps))
             args.model, args.train_file = str(base), f"{base}/train.jsonl"
             args.test_file = f"{base}/test.jsonl"
         train = load_problems(args.train_file, "openai/gsm8k:main", "train")
@@ -256,6 +269,7 @@ def spoken(text: str, answer: str) -> str | None:
     return maths[0] if len(maths) == 1 else line
 
 
+@lru_cache(4096)  # gold answers and short completions come again and again
 def clean(text: str) -> str:
     """The answer with one spelling per symbol, no layout, no thousands separators and no marked units."""
     text = " ".join(text.translate(CHARACTERS).split()).replace("\\\\", "\n")
@@ -510,7 +524,7 @@ def demo_model(seed: int) -> nn.Module:
             max_position_embeddings=128, initializer_range=0.1))
 
 
-def make_demo(folder: Path, seed: int, steps: int = 400, batch_size: int = 128) -> None:
+def make_demo(folder: Path, seed: int, steps: int, batch_size: int = 128) -> None:
     """Pre-train the demo's base model and write it, its tokenizer, train.jsonl (600) and test.jsonl (512) to
     `folder`."""
     from transformers import Qwen2Tokenizer
