@@ -2,29 +2,31 @@
 
 The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) where its sources are silent.
 
-    U, S, V  <-  leading r T singular triplets of every target W_0 [m, n], computed once            (paper)
+    U, S, V  <-  leading r T singular triplets of every target W_0 [out, in], computed once         (paper)
     for t = 0 .. T-1:
-        F_t  <-  the training examples that the current model, answering greedily, gets wrong       (paper)
-                 wrong: strictly, an answer that is not in the asked format is wrong                 (ours)
+        F_t  <-  the training examples that the current model W_t gets wrong                        (paper)
+                 answering greedily; an answer that is not in the asked format is wrong              (ours)
                  stop when F_t is empty                                                              (ours)
         U_t, S_t, V_t  <-  triplets [t r, (t+1) r): ROTATE; TOP takes [0, r) in every round         (paper)
-        R_t  =   sum_i v_{t,i} P_i  [r, r]       v_t [groups, u]: the only numbers trained          (paper)
-                 P_i ~ N(0, 1/(u r)), fixed by (seed, t, module)                                     (ours)
+        R_t  =   sum_i v_{t,i} P_{t,i}  [r, r]   v_t [groups, u]: the only numbers trained          (paper)
+                 P_{t,i} ~ N(0, 1/(u r)), fixed by (seed, t, module)                                 (ours)
                  v_t = 0 at first; a group is a contiguous block of modules in depth order           (ours)
-        train v_t on F_t only (`replay` adds right examples), all weights frozen, by                (paper)
+        train v_t on F_t only, all weights frozen, by                                               (paper)
             GRPO: n completions a prompt, A_i = (r_i - mean) / std inside the group                 (paper)
-                  loss = - mean over the step's completion tokens of A_i log pi(token)               (ours)
+                  loss = - sum_i A_i log pi(y_i) / tokens, over the groups with variance             (ours)
                   one Adam step for each fresh batch, so the ratio is 1: no ratio, clip or KL        (ours)
-                  groups without variance are dropped; Adam starts afresh each round                 (ours)
+                  Adam starts afresh each round                                                      (ours)
             or cross-entropy, for a classifier                                                      (paper)
+                  then v_t <- a v_t, with a from a line search on all training data                  (ours)
+            `replay` adds right examples to F_t (for the classifier; 0 in GRPO)                      (ours)
         W_{t+1}  <-  round(W_0 + sum_{s<=t} U_s S_s R_s V_s^T): merge, discard the adapter          (paper)
                   summed in fp32 from W_0 every round, rounded once to the weight's dtype            (ours)
                   a round that learned nothing, or was taken back, keeps its slice, with v_t = 0     (ours)
-    return W_T: an ordinary model, and rank(W_T - W_0) = r T                                        (paper)
+    return W_T: an ordinary model; the rank of the sum is r T                                       (paper)
 
 Learning rate, steps and batch sizes are ours too: see `GRPOConfig`. TinyLoRA is the adapter of a round; GRPO
 is from DeepSeekMath (arXiv 2402.03300). The file reads from top to bottom: settings, basis, layer, booster,
-generation, GRPO, cross-entropy, run folder, loop; at the end what the scripts share of the command line.
+generation, GRPO, cross-entropy; then processes, run folder, loop, and the command line that scripts share.
 """
 from __future__ import annotations
 
@@ -43,6 +45,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,6 +56,37 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+# ------------------------------------------------------------------------------------------------------------
+# Mistakes and randomness.
+
+
+class InputError(ValueError):
+    """A mistake in flags, files or data, told in one sentence that says how to mend it."""
+
+
+def require(condition: Any, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def at_least(config: Any, **least: int) -> None:
+    for name, bound in least.items():
+        value = getattr(config, name)
+        require(value >= bound, f"--{name} {value}: must be at least {bound}")
+
+
+def above_zero(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 < value < math.inf, f"--{name} {value}: must be above 0")
+
+
+def generator(*key: Any) -> torch.Generator:
+    """A CPU generator whose stream depends on `key` alone, such as (seed, "P", round, module)."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings. Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
@@ -119,46 +153,19 @@ class CEConfig:
         above_zero(self, "lr", "max_grad_norm")
 
 
-class InputError(ValueError):
-    """A mistake in flags, files or data, told in one sentence that says how to mend it."""
-
-
-def require(condition: Any, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def at_least(config: Any, **least: int) -> None:
-    for name, bound in least.items():
-        value = getattr(config, name)
-        require(value >= bound, f"--{name} {value}: must be at least {bound}")
-
-
-def above_zero(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(0 < value < math.inf, f"--{name} {value}: must be above 0")
-
-
-def generator(*key: Any) -> torch.Generator:
-    """A CPU generator whose stream depends on `key` alone, such as (seed, "P", round, module)."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Basis: W_0 = U Sigma V^T, of which the leading k triplets are kept.
+# Basis: W_0 = U Sigma V^T, of which the leading k = r T triplets are kept.
 
 
 @torch.no_grad()
 def svd_basis(weight: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k leading singular triplets of weight [m, n]: U [m, k], S [k], V [n, k], fp32, on its device.
+    """The k leading singular triplets of weight [out, in]: U [out, k], S [k], V [in, k], fp32, on its device.
 
     They come from the eigenvectors of the smaller Gram matrix, in fp64, as forming it squares the condition:
     in fp32 the 40th value of a spectrum that decays to 1/100 would be off by 2e-5. `torch.svd_lowrank` is no
     alternative: it mixes neighbouring triplets, which breaks the slices. The sign is fixed: of each u_i the
-    entry largest in magnitude is positive. Raises InputError where fewer than k values exceed 1e-6 of the
-    largest. """
+    entry largest in magnitude is positive. Raises InputError where the weight is not finite, or fewer than k
+    values exceed 1e-6 of the largest. """
     W = weight.detach().double()
     require(W.isfinite().all(), f"a weight of shape {list(weight.shape)} is not finite")
     wide = W.shape[0] < W.shape[1]
@@ -169,7 +176,7 @@ def svd_basis(weight: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor,
     require((S > 1e-6 * S[:1]).all(), f"fewer than {k} singular values of {list(weight.shape)} are not zero")
     left = W @ right / S
     U, V = (right, left) if wide else (left, right)
-    sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign() if k else 1.0  # [1, k]
+    sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # [1, k]
     return (U * sign).float(), S.float(), (V * sign).float()
 
 
@@ -188,8 +195,10 @@ def leading_eigenpairs(G: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
     for _ in range(12 if n > 4 * width else 0):
         X = torch.linalg.qr(torch.cat([vectors, X], 1)).Q[:, len(values):]
         GX = rest @ X
-        ritz, turn = (x.flip(-1) for x in torch.linalg.eigh(X.T @ GX))  # the best pairs in the span of X
+        # 1. The best approximations (Ritz pairs) in the span of X, largest first.
+        ritz, turn = (x.flip(-1) for x in torch.linalg.eigh(X.T @ GX))
         X, GX = X @ turn, GX @ turn
+        # 2. Those that are accurate are final, and leave G.
         missing, largest = k - len(values), values[0] if len(values) else ritz[0]
         accurate = (GX - X * ritz).norm(dim=0) <= 1e-7 * ritz[missing - 1] + 1e-14 * largest
         new = int(accurate[:missing].cumprod(0).sum())
@@ -198,8 +207,9 @@ def leading_eigenpairs(G: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
             return values, vectors
         rest = rest - (X[:, :new] * ritz[:new]) @ X[:, :new].T
         X, GX, ritz = X[:, new:], GX[:, new:], ritz[new:]
+        # 3. Filter the others. The gain is e^(degree * acosh(2 lambda / a - 1)); fp64 holds e^36, so a spread
+        # of at most e^20 keeps the k-th vector well above rounding.
         a = ritz[-1].clamp(min=1e-15 * largest)
-        # the filter's gain is e^(degree * acosh(2 lambda / a - 1)): over e^20 apart, the small ones are lost
         gains = (2 * ritz / a - 1).clamp(min=1).acosh()
         degree = int((20 / (gains[0] - gains[missing - new - 1])).clamp(1, 12))
         before, X = X, GX * (2 / a) - X  # T_0 and T_1 of A = 2 G / a - 1; then T_(j+1) = 2 A T_j - T_(j-1)
@@ -210,12 +220,13 @@ def leading_eigenpairs(G: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
 
 
 # ------------------------------------------------------------------------------------------------------------
-# TinyLoRA layer: one module's update in one round, dW = U_t S_t R_t V_t^T with R_t = sum_i v_i P_i.
+# TinyLoRA layer: one module's update in one round, dW_t = U_t S_t R_t V_t^T with R_t = sum_i v_{t,i} P_{t,i}.
 
 
 class TinyLoRA(nn.Module):
-    """U [out, r], S [r], V [in, r] and P [u, r, r] are fixed, fp32; v [groups, u] is shared by all modules of
-    a round, this one reads row `group`. `dtype` is that of the inputs and the output."""
+    """U [out, r], S [r], V [in, r] and P [u, r, r] are fixed, fp32, in no state dict; v [groups, u] is shared
+    by all modules of a round, this one reads row `group`. `dtype` is that of inputs and output. Change v in
+    place, not through v.data: its version tells when R V^T must be formed again."""
 
     def __init__(self, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor, P: torch.Tensor, v: nn.Parameter,
                  group: int, dtype: torch.dtype = torch.float32):
@@ -228,7 +239,7 @@ class TinyLoRA(nn.Module):
         return torch.einsum("u,urs->rs", self.v[self.group], self.P) @ self.Vt
 
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., in] -> the update's output [..., out], added in place to `out` where that is given."""
+        """x [..., tokens, in] -> the update's output [..., tokens, out], added in place to `out` if given."""
         down = self.folded
         if torch.is_grad_enabled():
             down = self.down().to(x.dtype)
@@ -249,7 +260,7 @@ class TinyLoRA(nn.Module):
 # Booster: W_T = round(W_0 + sum_t U_t S_t R_t V_t^T), a pure function of W_0 and the list of vectors v_t.
 # Merge, rollback, load, the first k rounds and re-weighted rounds are this function, called with another
 # list. Why not `weight += delta` each round: in bf16, after 20 rounds with |R| = 1e-2, that kept 58 % of the
-# update, this 95 %.
+# update, this 95 %. Of M modules in depth order, module j reads row floor(j groups / M) of v_t.
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -309,10 +320,9 @@ class Booster:
 
     def slices(self, t: int) -> tuple[slice, slice]:
         """Which columns of U and V, and which entries of S, make up round t's update."""
-        r = self.config.rank
+        r, basis = self.config.rank, self.config.basis
         top, rotated = slice(0, r), slice(t * r, (t + 1) * r)
-        choices = {"rotate": (rotated, rotated), "top": (top, top), "top-decayed": (top, rotated)}
-        return choices[self.config.basis]
+        return (rotated if basis == "rotate" else top), (top if basis == "top" else rotated)
 
     def P(self, name: str, t: int) -> torch.Tensor:
         """P_i [u, r, r] of round t: with std 1/sqrt(u r) one learning rate serves every u and r."""
@@ -334,7 +344,11 @@ class Booster:
             U, S, V = self.basis[name]
             adapter = TinyLoRA(U[:, columns], S[values].to(device), V[:, columns], self.P(name, t).to(device),
                                self.v, self.group_of[name], linear.weight.dtype)
-            self.hooks.append(linear.register_forward_hook(lambda _, x, out, add=adapter: add(x[0], out)))
+
+            def add(_, inputs: tuple, out: torch.Tensor, adapter: TinyLoRA = adapter) -> torch.Tensor:
+                return adapter(inputs[0], out)
+
+            self.hooks.append(linear.register_forward_hook(add))
         return self.v
 
     def detach(self) -> None:
@@ -344,13 +358,17 @@ class Booster:
         self.hooks = []
 
     def merge(self) -> None:
-        """Detach the adapter, keep its v, and write the sum of all rounds into the weights."""
+        """Detach the adapter, keep its v, and write the sum of all rounds into the weights. Raises
+        RuntimeError where none is attached."""
+        if not self.hooks:
+            raise RuntimeError("merge: no adapter is attached")
         self.detach()
         self.vectors.append(self.v.detach().cpu())
         self.write()
 
     def rollback(self, n: int = 1) -> None:
-        """Take the last n rounds back: their v becomes 0, and the weights get the bits of before."""
+        """Take the last n rounds back: their v becomes 0, and the weights get the bits of before. Raises
+        InputError where there are fewer."""
         require(0 <= n <= len(self.vectors), f"rollback({n}): there are {len(self.vectors)} rounds")
         for t in range(len(self.vectors) - n, len(self.vectors)):
             self.vectors[t] = torch.zeros_like(self.vectors[t])
@@ -359,10 +377,10 @@ class Booster:
     @torch.no_grad()
     def write(self) -> None:
         """weight <- round(W_0 + delta), in place, for every target."""
-        learned = any(v.any() for v in self.vectors)  # -0.0 + 0 would be 0.0: other bits than W_0's
+        learned = any(v.any() for v in self.vectors)
         for name, linear in self.targets.items():
             W0 = self.base[name].to(linear.weight.device)
-            linear.weight.copy_(W0.float() + self.delta(name) if learned else W0)
+            linear.weight.copy_(W0.float() + self.delta(name) if learned else W0)  # -0.0 + 0 has other bits
 
     def SR(self, name: str, t: int) -> torch.Tensor:
         """S_t R_t [r, r] of a finished round, fp32 on the CPU."""
@@ -380,13 +398,13 @@ class Booster:
 
     @torch.no_grad()
     def delta(self, name: str) -> torch.Tensor:
-        """The exact cumulative update of a target, fp32 [out, in]."""
+        """The exact sum of the finished rounds for a target, fp32 [out, in]."""
         U, _, V = self.basis[name]
         return U @ self.core(name).to(U.device) @ V.T
 
     def rank(self, eps: float = 1e-6) -> dict[str, int]:
-        """Per target, the singular values of delta above eps x the largest. Of the fp32 sum: W_T - W_0 of a
-        bf16 weight has full rank, from rounding."""
+        """Per target, how many singular values of delta exceed eps x the largest. Of the fp32 sum: W_T - W_0
+        of a bf16 weight has full rank, from rounding."""
         values = {name: torch.linalg.svdvals(self.core(name).double()) for name in self.targets}
         return {name: int((s > eps * s[0]).sum()) if s.any() else 0 for name, s in values.items()}
 
@@ -411,8 +429,7 @@ class Booster:
                 "fidelity": self.fidelity()}
 
     def save(self, path: str | Path) -> None:
-        """Write v of all rounds [rounds, groups, u] and what rebuilds the rest: the whole fine-tune, a few
-        KB."""
+        """Write v of all rounds [rounds, groups, u] and what rebuilds the rest: a few KB in all."""
         v = torch.stack(self.vectors) if self.vectors else torch.zeros(0, self.groups, self.config.u)
         about = {"format": 1, "config": dataclasses.asdict(self.config), "base": self.checksum}
         tensors = {"v": v, "fingerprint": self.fingerprint}
@@ -431,7 +448,8 @@ class Booster:
         require(not differing, f"{path} has {', '.join(differing)}")
         require(v.shape[1:] == (self.groups, self.config.u) and v.isfinite().all(),
                 f"{path} is damaged: v is {list(v.shape)} or not finite")
-        require(len(v) <= self.config.rounds, f"{path} has {len(v)} rounds, more than {self.config.rounds}")
+        require(len(v[:rounds]) <= self.config.rounds,
+                f"{path} has {len(v)} rounds, more than {self.config.rounds}")
         k = min(self.k, theirs.shape[1])
         require(torch.allclose(self.fingerprint[:, :k], theirs[:, :k], rtol=0, atol=1e-2),
                 f"{path}: this machine's linear algebra finds another singular basis of these weights; use "
@@ -452,8 +470,7 @@ class Booster:
         return booster
 
     def export_lora(self, folder: str | Path) -> None:
-        """The exact fp32 sum as one LoRA in PEFT's format: B = U C [out, k], A = V^T [k, in], scale alpha/r =
-        1."""
+        """The exact fp32 sum as one LoRA in PEFT's format: B = U C [out, k], A = V^T [k, in], alpha = r."""
         require(self.k, "--export_lora: there is no round to export")
         tensors = {}
         for name in self.targets:
@@ -484,8 +501,7 @@ def fingerprint(bases: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def checksum(model: nn.Module) -> str:
-    """SHA-256 over names and bits of the backbone's parameters (not of a head on it, which a task may
-    train)."""
+    """SHA-256 of names and bits of the backbone's parameters (a task may train a head on it)."""
     digest = hashlib.sha256()
     for name, p in getattr(model, "base_model", model).named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
@@ -494,56 +510,22 @@ def checksum(model: nn.Module) -> str:
 
 
 def read_adapters(path: str | Path) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Metadata, v and fingerprint of a file that `Booster.save` wrote. Raises InputError where it is not
-    one."""
+    """Metadata, v and fingerprint of a file that `Booster.save` wrote; InputError where it is not one."""
     require(Path(path).is_file(), f"{path} is missing")
     try:
         with safetensors.safe_open(path, "pt") as f:
             about = json.loads((f.metadata() or {})["boostlora"])
-            about = {"config": about["config"], "base": about["base"]}
+            about = {"config": dataclasses.asdict(BoostConfig(**about["config"])), "base": about["base"]}
             return about, f.get_tensor("v"), f.get_tensor("fingerprint")
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged, or not a BoostLoRA file ({error})") from None
 
 
-class FullFineTuning:
-    """The baseline: the same loop trains all weights in place (--method full, in fp32). It is what `boost`
-    asks of a learner, and no more. A run that is broken off between its two files starts over."""
-
-    def __init__(self, model: nn.Module, config: BoostConfig):
-        self.model, self.config, self.done = model.requires_grad_(False), config, 0
-
-    def attach(self) -> list[nn.Parameter]:
-        return list(self.model.requires_grad_(True).parameters())
-
-    def merge(self) -> None:
-        self.model.requires_grad_(False)
-        self.done += 1
-
-    def save(self, path: str | Path) -> None:
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
-        replace_file(Path(path), safetensors.torch.save(weights, {"rounds": str(self.done)}))
-
-    def resume(self, path: str | Path, rounds: int) -> None:
-        require(Path(path).is_file(), f"{path} is missing")
-        try:
-            with safetensors.safe_open(path, "pt") as f:
-                found = (f.metadata() or {}).get("rounds")
-                weights = {name: f.get_tensor(name) for name, _ in self.model.named_parameters()}
-        except safetensors.SafetensorError as error:
-            raise InputError(f"{path} is damaged ({error})") from None
-        require(found == str(rounds), f"{path} is of round {found}, not {rounds}: choose another --out")
-        self.model.load_state_dict(weights, strict=False)
-        self.done = rounds
-
-    def summary(self) -> dict[str, Any]:
-        return {}
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Generation. Why not model.generate: it keeps finished rows in the batch, encodes a prompt once for each of
-# its completions, and inherits the model's generation_config (top_k, top_p, repetition_penalty), while a
-# policy gradient needs the untruncated distribution and a greedy evaluation no penalty.
+# Generation: argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO. Why not model.generate: it
+# keeps finished rows in the batch, encodes a prompt once for each of its completions, and inherits the
+# model's generation_config (top_k, top_p, repetition_penalty), while a policy gradient needs the untruncated
+# distribution and a greedy evaluation no penalty.
 
 
 class Completion(NamedTuple):
@@ -614,7 +596,8 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     """n completions of every prompt, in order: those of prompts[i] are at [i n, (i + 1) n).
 
     prompts: formatted strings, tokenised without adding special tokens. Temperature 0 is greedy; otherwise
-    the draws follow from `seed`, prompt and position, not from the batch. cache_tokens: see `cache_budget`.
+    the draws follow from `seed`, the shape of the call and the place in it, not from batches. cache_tokens:
+    see `cache_budget`.
     Under torchrun the prompts are shared out, and every process gets all completions. The global random state
     stays as it is. Raises FloatingPointError where the model's output is not finite. """
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
@@ -655,7 +638,8 @@ def growing_cache(model: nn.Module) -> Any:
             if start == 0:
                 return super().update(keys, values)
             if self.length > self.keys.shape[2]:
-                self.keys, self.values = (F.pad(x, (0, 0, 0, 128)) for x in (self.keys, self.values))
+                room = max(128, keys.shape[2])
+                self.keys, self.values = (F.pad(x, (0, 0, 0, room)) for x in (self.keys, self.values))
             self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = keys, values
             return self.keys[:, :, :self.length], self.values[:, :, :self.length]
 
@@ -667,13 +651,11 @@ def growing_cache(model: nn.Module) -> Any:
 @torch.no_grad()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
            stops: list[int], uniforms: torch.Tensor | None, bar: Any) -> list[tuple[list[int], list[float]]]:
-    """One batch: encode each prompt once, repeat its cache n times, then go token by token; finished rows
-    leave."""
+    """One batch: encode each prompt, repeat its cache n times, go token by token; finished rows leave."""
     device, width = model.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
-    mask = torch.ones(len(prompts), width + max_new_tokens, dtype=torch.long, device=device)
-    for row, p in enumerate(prompts):
-        mask[row, :width - len(p)] = 0
+    padding = torch.tensor([[width - len(p)] for p in prompts], device=device)
+    mask = (torch.arange(width + max_new_tokens, device=device) >= padding).long()
     position = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
     cache = growing_cache(model)
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
@@ -681,30 +663,31 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     logits = logits[:, -1].repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
     mask, position = mask.repeat_interleave(n, 0), position[:, -1:].repeat_interleave(n, 0)
-    rows = torch.arange(len(mask), device=device)  # the completion that each row of the batch holds
-    tokens = torch.full((len(rows), max_new_tokens), stops[0] if stops else 0, device=device)
-    logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
+    alive = torch.arange(len(mask), device=device)  # which completion each row of the batch is
+    tokens = torch.full((len(alive), max_new_tokens), stops[0] if stops else 0, device=device)
+    logprobs = torch.zeros(len(alive), max_new_tokens, device=device)
     stops = torch.tensor(stops, dtype=torch.long, device=device)
-    done = torch.zeros_like(rows, dtype=torch.bool)
-    look = 8 if device.type == "cuda" else 1  # steps between looks at `done`, for which the host must wait
+    done = torch.zeros_like(alive, dtype=torch.bool)
+    look = 8 if device.type == "cuda" else 1  # steps between looks at `done`, for which the host waits
     for step in range(max_new_tokens):
-        draw = uniforms[rows, step] if temperature else None
+        draw = uniforms[alive, step] if temperature else None
         token, logprob = sample(logits, temperature, draw)
-        tokens[rows, step], logprobs[rows, step] = token, logprob
+        tokens[alive, step], logprobs[alive, step] = token, logprob
         done |= torch.isin(token, stops)
         if step + 1 == max_new_tokens:
             break
-        if (step + 1) % look == 0 and done.sum() >= max(1, len(rows) / 8):  # leaving copies the cache
+        if (step + 1) % look == 0 and done.sum() >= max(1, len(alive) / 8):  # leaving copies the cache; the
+            # others that are done go on, and what they add is cut below
             keep = (~done).nonzero().squeeze(-1)
-            bar.update(len(rows) - len(keep))
-            rows, mask, position, token, done = (x[keep] for x in (rows, mask, position, token, done))
-            if not len(rows):
+            bar.update(len(alive) - len(keep))
+            alive, mask, position, token, done = (x[keep] for x in (alive, mask, position, token, done))
+            if not len(alive):
                 break
             cache.batch_select_indices(keep)
         position = position + 1
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :width + step + 1],
                        position_ids=position, **options).logits[:, -1]
-    bar.update(len(rows))
+    bar.update(len(alive))
     if not logprobs.isfinite().all():
         raise FloatingPointError("the model's output is not finite: in a new --out, lower --lr or try "
                                  "--dtype float32")
@@ -714,11 +697,11 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
 
 
 # ------------------------------------------------------------------------------------------------------------
-# GRPO (arXiv 2402.03300): A_i = (r_i - mean) / std in a group of completions; ascend the mean of A_i log
-# pi(token). What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is
-# sampled from the current weights and used for one step, so the ratio is 1 and a clip never acts
-# (`logprob_gap` in the record measures it); nothing ties the policy to a reference, as v starts from 0 and a
-# round is short.
+# GRPO (arXiv 2402.03300): A_i = (r_i - mean) / std in a group of completions y_i of a prompt x;
+# loss = - sum_i A_i sum_j log pi(y_ij | x, y_i,<j) / sum_i |y_i|, over the groups with variance; Adam on v_t.
+# What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is sampled from
+# the current weights and used for one step, so the ratio is 1 and a clip never acts (`logprob_gap` in the
+# record measures it); nothing ties the policy to a reference, as v starts from 0 and a round is short.
 
 
 def token_logprobs(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor,
@@ -730,8 +713,7 @@ def token_logprobs(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor,
 
 def completion_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]],
                         temperature: float = 1.0, chunk: int = 256) -> torch.Tensor:
-    """log pi of every completion token in rows of (prompt tokens, completion tokens), fp32 [tokens], in
-    order.
+    """log pi of every completion token in rows of (prompt tokens, completion tokens), fp32 [tokens].
 
     The head sees completion positions alone, `chunk` at a time, and again in the backward pass: the logits of
     a whole batch (8 x 1,024 x 151,936 in fp32: 4.6 GiB, several times over) never exist. Rows are padded on
@@ -749,16 +731,14 @@ def completion_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], list[i
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> torch.Tensor:
-    """A_i = (r_i - mean) / std in each group (the population's std), fp32 [groups, group_size]; flat ones:
-    0."""
+    """A_i = (r_i - mean) / std (the population's) in each group, fp32 [groups, group_size]; flat ones: 0."""
     r = torch.tensor(rewards, dtype=torch.float32).view(-1, group_size)
     flat = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     return ((r - r.mean(1, keepdim=True)) / r.std(1, correction=0, keepdim=True)).masked_fill(flat, 0.0)
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices, shortest first, cut so that rows x longest row (tokens, padding included) stays within
-    budget."""
+    """Indices, shortest first, in batches of at most `budget` tokens, padding included."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > budget:
@@ -774,10 +754,12 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
          config: GRPOConfig, round: int = 0, seed: int = 0) -> dict[str, Any]:
     """Train v for one round: `config.steps` times sample, reward, advantages, one Adam step.
 
-    reward(indices, texts): a number for each completion; indices point into prompts. Returns steps (taken),
-    completions, flat_groups (without variance: nothing to learn from), reward (the mean), logprob_gap (the
-    mean |log pi in training - log pi in sampling|) and seconds. Where no group of the round has variance, v
-    stays 0 and a `note` says so. Raises FloatingPointError where the gradient is not finite. """
+    reward(indices, texts): a number for each completion; indices point into prompts. v: an adapter's, or a
+    list of parameters. Returns steps (taken), completions, flat_groups (without variance: nothing to learn
+    from), reward (the mean), logprob_gap (the mean |log pi in training - log pi in sampling| over the tokens
+    trained on) and seconds of "generate" and "train". Where no group of the round has variance, v stays 0 and
+    a `note` says so. Raises FloatingPointError where the gradient is not finite, InputError where a reward is
+    not, or where the model's training pass is not the policy that was sampled. """
     parameters = [v] if isinstance(v, nn.Parameter) else v
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     prompt_tokens = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
@@ -802,10 +784,12 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
         flat += int((advantages == 0).all(1).sum())
         kept = (advantages != 0).any(1).repeat_interleave(n).tolist()
         total = sum(len(c.tokens) for c, keep in zip(done, kept, strict=True) if keep)  # end tokens included
-        summed: dict[tuple[int, tuple[int, ...]], list] = {}  # equal completions of a prompt train as one
+        # The gradient is linear in A: equal completions of a prompt train as one row, with their A added up.
+        advantage_of, sampled = {}, {}
         for i, c, a in zip(owners, done, advantages.flatten().tolist(), strict=True):
-            summed.setdefault((i, tuple(c.tokens)), [c.logprobs, 0.0])[1] += a
-        rows = [(prompt_tokens[i], list(c), old, a) for (i, c), (old, a) in summed.items() if a]
+            key = i, tuple(c.tokens)
+            advantage_of[key], sampled[key] = advantage_of.get(key, 0.0) + a, c.logprobs
+        rows = [(prompt_tokens[i], list(y), sampled[i, y], a) for (i, y), a in advantage_of.items() if a]
         seconds["generate"] += time.perf_counter() - start
         if not rows:
             continue
@@ -817,10 +801,12 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
             for batch in micro_batches([len(p) + len(c) for p, c, _, _ in mine], config.micro_batch_tokens):
                 part = [mine[i] for i in batch]
                 logprobs = completion_logprobs(model, [(p, c) for p, c, _, _ in part], config.temperature)
-                old, advantage = logprobs.new_tensor([(q, a) for *_, old, a in part for q in old]).unbind(1)
+                old = logprobs.new_tensor([q for _, _, qs, _ in part for q in qs])
+                advantage = logprobs.new_tensor([a for _, y, _, a in part for _ in y])
                 (-(advantage * logprobs).sum()).backward()
                 gap += float((logprobs.detach() - old).abs().sum())
         tokens = sum(len(c) for _, c, _, _ in mine)
+        # One nat a token is no rounding. A gap that is NaN passes: `descend` names it.
         require(not gap >= max(tokens, 1), f"{type(model).__name__} changes its logits after the head "
                 "(soft-capping, scaling): training would see another policy than sampling")
         descend(optimizer, parameters, config.max_grad_norm, total)
@@ -833,7 +819,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
 
 def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float,
             total: float) -> None:
-    """One step on the gradients: summed over the processes (4 x groups x u bytes each), divided by `total`
+    """One step on the gradients: summed over the processes (4 bytes a trained number), divided by `total`
     (here, as in the backward pass fp16 would underflow), clipped."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -866,7 +852,8 @@ def cross_entropy(model: nn.Module,
             batch = next(data, None)
             if batch is None:
                 data = iter(batches())
-                batch = next(data)
+                batch = next(data, None)
+            require(batch is not None, "cross_entropy: batches() gives no batch")
             inputs, labels = batch
             optimizer.zero_grad()
             loss = F.cross_entropy(model(**inputs).logits.float(), labels)
@@ -879,8 +866,8 @@ def cross_entropy(model: nn.Module,
 
 @torch.no_grad()
 def line_search(v: nn.Parameter, loss: Callable[[], float], before: float, halvings: int = 5) -> float:
-    """Gradient boosting's step length, not in the paper: v becomes a v with the best a of 1, 1/2, ... and 0,
-    halving until a loss is below `before` and the next one is not lower still. Returns a.
+    """v_t <- a v_t, a = argmin over {1, 1/2, .. 2^-halvings, 0} of the loss: gradient boosting's step length,
+    not in the paper. Halves until a loss is below `before` and the next one is not lower still. Returns a.
 
     loss() measures the model with the adapter as it stands, `before` is its value at v = 0; so the round
     cannot make it worse. Cross-entropy on failures alone does: they all pull one way, and nothing holds the
@@ -919,8 +906,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_first_process(f: Callable[[], Any]) -> Any:
-    """f(), called by the first process alone: for files, and for rewards, which could differ (a
-    sandbox's)."""
+    """f(), called by the first process alone: for files, and for rewards (a sandbox's could differ)."""
     return gather(f() if process() == 0 else None)[0]
 
 
@@ -942,7 +928,9 @@ def progress(iterable: Iterable | None = None, label: str = "", total: int | Non
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; under torchrun, the first process alone."""
+    if process():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -959,7 +947,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_folder(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Write a folder whole or not at all: `fill` writes into an empty one beside it."""
+    """Write a folder whole or not at all, as `replace_file`: `fill` writes into an empty one beside it."""
+    if process():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1001,8 +991,8 @@ def locked(folder: Path) -> Iterator[None]:
             folder.rmdir()  # only an empty one goes: a run that was refused leaves nothing
 
 
-# What may differ when a run goes on: more rounds continue it, the others do not change what is learned but
-# for the last bits.
+# What may differ when a run goes on: more rounds continue it (they refine the basis, and so the weights, in
+# the last bits), the others change what is learned in the last bits alone.
 FREE = ("rounds", "versions", "test_every", "export_lora", "cache_tokens", "micro_batch_tokens", "recompute")
 
 
@@ -1050,7 +1040,7 @@ def read_state(folder: Path, learner: Any) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The loop: evaluate, collect failures, train an adapter on them, merge, discard, again.
+# The loop: F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t), until T or F_t = {}.
 
 
 def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
@@ -1069,7 +1059,8 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
     continues a run that was broken off. Returns the lines of rounds.jsonl. Raises InputError where the folder
     holds another run. """
     out, rounds, train = Path(out), booster.config.rounds, task.train
-    require(len(train), "there is no training example")
+    require(len(train) and all(map(len, task.tests.values())), "there is no training example, or a test set "
+            "without any")
     data = hashlib.sha256(repr(list(train)).encode()).hexdigest()[:16]
     settings = {**dataclasses.asdict(booster.config), **(settings or {})}
     settings |= {"data": data, "versions": versions()}
@@ -1077,7 +1068,7 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
         check_settings(out, settings)
         records = read_state(out, booster)
         gather(None)  # all processes have read the state before the first one changes it
-        save_file(out / "config.json", json.dumps(settings, indent=2) + "\n")
+        replace_file(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
         if records:
             say(f"{out} has {len(records) - 1} of {rounds} rounds")
         while not records or (len(records) <= rounds and records[-1]["failures"]):
@@ -1091,31 +1082,30 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
                 booster.merge()
                 seconds["merge"] = time.perf_counter() - start
             start = time.perf_counter()
-            right, metrics = task.evaluate(train)
+            right, metrics = gather(task.evaluate(train))[0]  # of one process: a grader may use a clock
             evaluation = time.perf_counter() - start
-            failed = [i for i, ok in enumerate(right) if not ok]
+            failed = [i for i, ok in enumerate(right) if not ok]  # F_t
             before = set(records[-1]["failed"] if records else failed)
             record = {"round": t + 1, "failures": len(failed), "fixed": len(before.difference(failed)),
                       "regressed": len(set(failed) - before), "train_accuracy": 1 - len(failed) / len(right),
                       **{f"train_{name}": value for name, value in metrics.items()}}
             if t < 0 or t + 1 == rounds or not failed or (test_every and (t + 1) % test_every == 0):
                 for name, examples in task.tests.items():
-                    right, metrics = task.evaluate(examples)
+                    right, metrics = gather(task.evaluate(examples))[0]
                     record |= {f"{name}_accuracy": sum(right) / len(right)}
                     record |= {f"{name}_{metric}": value for metric, value in metrics.items()}
             seconds["evaluate"] = time.perf_counter() - start
             record |= {**booster.summary(), **stats, "seconds": seconds, "failed": failed}
             records.append(record)
-            if t >= 0 and process() == 0:
+            if t >= 0:
                 booster.save(out / "adapters.safetensors")
-            save_file(out / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+            replace_file(out / "rounds.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
             say(describe(records, rounds))
             if t < 0 and failed and rounds:  # a completion that is trained on costs twice as much
                 training = 2 * getattr(task, "completions", len(train)) / len(train)
                 estimate = rounds * evaluation * (1 + training) + seconds["evaluate"] - evaluation
                 say(f"          about {clock(estimate)} to go")
-        if process() == 0:
-            save_model(booster.model, tokenizer, out / "model")
+        save_model(booster.model, tokenizer, out / "model")
     say(table(records))
     if len(records) > 1 and not any(r.get("steps", 1) for r in records[1:]):
         say("\nNothing could be learned: in no round did the rewards inside a group differ, so all v are 0.")
@@ -1123,16 +1113,11 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
 
 
 def select(train: Sequence[Any], failed: list[int], config: BoostConfig, t: int) -> list[Any]:
-    """The examples of round t: the failures, and `replay` right ones for each (-1: all)."""
+    """The examples of round t: F_t, and floor(replay |F_t|) right ones (-1: all), by (seed, t)."""
     right = sorted(set(range(len(train))).difference(failed))
     wanted = len(right) if config.replay == -1 else min(len(right), int(config.replay * len(failed)))
     chosen = torch.randperm(len(right), generator=generator(config.seed, "replay", t))[:wanted].tolist()
     return [train[i] for i in sorted(failed + [right[i] for i in chosen])]
-
-
-def save_file(path: Path, text: str) -> None:
-    if process() == 0:
-        replace_file(path, text.encode())
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -1194,6 +1179,40 @@ def table(records: list[dict[str, Any]]) -> str:
                             for row in [head, *rows])
 
 
+class FullFineTuning:
+    """The baseline: the same loop trains all weights in place (--method full, in fp32). It is what `boost`
+    asks of a learner, and no more. A run that is broken off between its two files starts over."""
+
+    def __init__(self, model: nn.Module, config: BoostConfig):
+        self.model, self.config, self.done = model.requires_grad_(False), config, 0
+
+    def attach(self) -> list[nn.Parameter]:
+        return list(self.model.requires_grad_(True).parameters())
+
+    def merge(self) -> None:
+        self.model.requires_grad_(False)
+        self.done += 1
+
+    def save(self, path: str | Path) -> None:
+        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
+        replace_file(Path(path), safetensors.torch.save(weights, {"rounds": str(self.done)}))
+
+    def resume(self, path: str | Path, rounds: int) -> None:
+        require(Path(path).is_file(), f"{path} is missing")
+        try:
+            with safetensors.safe_open(path, "pt") as f:
+                found = (f.metadata() or {}).get("rounds")
+                weights = {name: f.get_tensor(name) for name, _ in self.model.named_parameters()}
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{path} is damaged ({error})") from None
+        require(found == str(rounds), f"{path} is of round {found}, not {rounds}: choose another --out")
+        self.model.load_state_dict(weights, strict=False)
+        self.done = rounds
+
+    def summary(self) -> dict[str, Any]:
+        return {}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # What the scripts share of the command line.
 
@@ -1239,7 +1258,8 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
     if not sys.stderr.isatty():
         disable_progress_bar()
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
-    parser.set_defaults(**{**defaults, **(demo if "--demo" in sys.argv else {})})
+    given, _ = parser.parse_known_args([flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
+    parser.set_defaults(**{**defaults, **(demo if given.demo else {})})
     *configs, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True,
                                                            look_for_args_file=False)
     flags = [f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind)]
@@ -1260,13 +1280,17 @@ def run_folder(*configs: Any) -> Iterator[dict[str, Any]]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main, alone or under torchrun. A user's mistake and Ctrl-C end in one sentence, not in a stack
-    trace."""
+    """Call main, alone or under torchrun. A user's mistake and Ctrl-C end in one sentence."""
     try:
         if "RANK" in os.environ:
-            torch.cuda.is_available() and torch.cuda.set_device(device())
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device())
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                    timeout=timedelta(hours=2))  # the first process may download or grade
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except InputError as error:
         code, message = 2, f"error: {error}"
     except FloatingPointError as error:
@@ -1276,15 +1300,10 @@ def run(main: Callable[[], None]) -> None:
                             "or evaluating, --micro_batch_tokens in training; the finished rounds are kept")
     except KeyboardInterrupt:
         code, message = 130, "\nstopped: the same command continues after the last finished round"
-    else:
-        code, message = 0, ""
-    if code:
-        print(message, file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(code)  # an orderly end would wait for the others, who may wait for this process
-        sys.exit(code)
+    print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        os._exit(code)  # an orderly end would wait for the others, who may wait for this process
+    sys.exit(code)
 
 
 def device() -> torch.device:
@@ -1354,16 +1373,14 @@ def subset(rows: list[Any], limit: int, seed: int) -> list[Any]:
 
 
 def hub_rows(name: str, split: str) -> list[dict[str, Any]]:
-    """The rows of a data set of the Hub, `owner/name` or `owner/name:config`. Raises InputError without
-    network."""
+    """The rows of a Hub data set, `owner/name` or `owner/name:config`; InputError without network."""
     from datasets import load_dataset
     with loading(f"the Hub's {name}", "give --train_file and --test_file, or try --demo"):
         return list(load_dataset(*name.split(":"), split=split))
 
 
 def read_jsonl(path: str | Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a .jsonl or .jsonl.gz file. Raises InputError, with the line, for one that lacks a
-    field."""
+    """The rows of a .jsonl or .jsonl.gz file; InputError, with the line, where one lacks a field."""
     require(Path(path).is_file(), f"{path}: there is no such file")
     rows = []
     opened = gzip.open if str(path).endswith(".gz") else open
@@ -1390,10 +1407,10 @@ def finish(args: RunConfig, config: BoostConfig, settings: dict[str, Any], model
     boost(booster, task, args.out, args.test_every, settings, tokenizer)
     say(f"\n{args.out}/model is the merged model, for from_pretrained; {args.out}/rounds.jsonl the record.")
     adapters = Path(args.out) / "adapters.safetensors"
-    if process() == 0 and args.method == "boost" and adapters.exists():
+    if args.method == "boost" and adapters.exists():
         say(f"{adapters} ({adapters.stat().st_size / 1000:.1f} kB) is the whole fine-tune: "
             "Booster.load(base_model, path) rebuilds it.")
-    if process() == 0 and args.export_lora:
+    if args.export_lora:
         booster.export_lora(Path(args.out) / "lora")
         say(f"{args.out}/lora is the same as a LoRA of rank {booster.k}, for any engine that takes LoRA.")
     if args.demo:
