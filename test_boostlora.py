@@ -273,6 +273,18 @@ def test_attached_equals_merged(make, dtype, tolerance, basis):
         assert (logits(model) - before).abs().max() > 10 * tolerance * before.abs().max()
 
 
+def test_only_an_attached_adapter_is_merged_and_only_once():
+    booster = Booster(qwen(), BoostConfig(rounds=2))
+    for refused in (2, 1):
+        with pytest.raises(RuntimeError, match="no adapter"):
+            booster.merge()
+        booster.attach()
+        booster.merge()
+        assert len(booster.vectors) == 3 - refused
+    with pytest.raises(RuntimeError, match="all 2 rounds"):
+        booster.attach()
+
+
 @pytest.mark.parametrize("make", [qwen, esm])
 def test_rank_grows_by_r_each_round_under_rotate_only(make):
     booster = trained(make(), rounds=4, groups=0)
@@ -436,6 +448,16 @@ def test_greedy_equals_transformers_token_for_token(talker, cache_tokens):
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
         assert completion.tokens == theirs[0, ids.shape[1]:].tolist()
         assert completion.text == tokenizer.decode(completion.tokens, skip_special_tokens=True)
+
+
+def test_a_long_completion_outgrows_the_cache_twice(talker):
+    model, tokenizer = qwen(), talker[1]
+    ours = generate(model, tokenizer, QUESTIONS[:3], max_new_tokens=300)
+    for question, completion in zip(QUESTIONS, ours):
+        ids = tokenizer(question, return_tensors="pt")["input_ids"]
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=300, do_sample=False)
+        assert completion.tokens == theirs[0, ids.shape[1]:].tolist()
+    assert max(len(c.tokens) for c in ours) == 300
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
