@@ -285,7 +285,7 @@ def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
 def check_fit(targets: dict[str, nn.Linear], config: BoostConfig) -> None:
     """Raises InputError where rank x rounds exceeds a target's smaller side, or `groups` their number."""
     k = config.rank * (1 if config.basis == "top" else config.rounds)
-    for name, linear in targets.items():
+    for name, linear in sorted(targets.items(), key=lambda target: min(target[1].weight.shape)):
         side, weight = min(linear.weight.shape), linear.weight
         require(weight.is_floating_point(), f"{name} holds {weight.dtype}: load the model unquantised")
         require(k <= side, f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets, "
@@ -958,8 +958,9 @@ def replace_folder(path: Path, fill: Callable[[Path], Any]) -> None:
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(f"could not write {path} ({error}): make room and start again") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 LOCKED: set[Path] = set()  # the run folders that this process works in

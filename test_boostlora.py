@@ -44,6 +44,7 @@ from transformers import (
 import boostlora
 import train_code
 import train_math
+import train_protein
 from boostlora import (
     BoostConfig,
     Booster,
@@ -147,7 +148,7 @@ def same_bits(one, other):
 def toy(tmp_path_factory):
     """Model, tokenizer and problems of a demo base model that is hardly trained."""
     folder = tmp_path_factory.mktemp("toy") / "base"
-    train_math.make_demo(folder, seed=0, steps=40)
+    train_math.make_demo(folder, BoostConfig(), steps=40)
     return folder
 
 
@@ -962,10 +963,13 @@ def test_flags_that_make_no_sense_are_refused(tmp_path, monkeypatch, flags, mess
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_the_demo_is_checked_before_it_pre_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_math, "make_demo", None)
-    with pytest.raises(InputError, match="has 48: at most --rounds 4|has 96"):
-        run_math(monkeypatch, "--demo", "--rank", 12, "--out", tmp_path)
+@pytest.mark.parametrize("script", [train_math, train_protein])
+def test_the_demo_is_checked_before_it_pre_trains(tmp_path, monkeypatch, script):
+    monkeypatch.setattr(torch.optim, "AdamW", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--demo", "--rank", "99", "--out", str(tmp_path / "run")])
+    with pytest.raises(InputError, match="--rank 99 x --rounds .* at most --rank (48|64)"):
+        script.main()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("error", "code", "message"), [

@@ -141,8 +141,7 @@ def main() -> None:
     with run_folder(args, boosting, training) as settings:
         if args.demo:
             base = Path(args.out) / "base"
-            check_fit(find_targets(demo_model(boosting.seed)), boosting)
-            on_first_process(lambda: base.exists() or make_demo(base, boosting.seed, args.demo_steps))
+            on_first_process(lambda: base.exists() or make_demo(base, boosting, args.demo_steps))
             args.model, args.train_file = str(base), f"{base}/train.jsonl"
             args.test_file = f"{base}/test.jsonl"
         train = load_problems(args.train_file, "openai/gsm8k:main", "train")
@@ -512,22 +511,10 @@ def story(random: random.Random, noisy: bool) -> dict[str, str]:
             return {"question": question + "?", "answer": ";".join(solution) + f" #### {x}"}
 
 
-def demo_model(seed: int) -> nn.Module:
-    """The demo's model before any training. Its wide initial weights have a flat spectrum, like a real
-    model's."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=31, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=240, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
-            max_position_embeddings=128, initializer_range=0.1))
-
-
-def make_demo(folder: Path, seed: int, steps: int, batch_size: int = 128) -> None:
+def make_demo(folder: Path, boosting: BoostConfig, steps: int, batch_size: int = 128) -> None:
     """Pre-train the demo's base model and write it, its tokenizer, train.jsonl (600) and test.jsonl (512) to
-    `folder`."""
-    from transformers import Qwen2Tokenizer
+    `folder`. Its wide initial weights have a flat spectrum, like a real model's. Raises as `check_fit`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     # AutoTokenizer opens whatever lies beside a Qwen2 model as byte-level BPE, so that is what this is:
     # characters, no merges, and the words as added tokens. Spaces have no token.
     characters = {c: i for i, c in enumerate(["<pad>", "<end>", *"0123456789+-*=;,?"])}
@@ -535,8 +522,14 @@ def make_demo(folder: Path, seed: int, steps: int, batch_size: int = 128) -> Non
                                unk_token="<pad>")
     tokenizer.add_tokens(["####", "has", *VERBS])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    model = demo_model(seed)
-    stories = random.Random(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(boosting.seed)
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=31, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=240, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+            max_position_embeddings=128, initializer_range=0.1))
+    check_fit(find_targets(model), boosting)
+    stories = random.Random(boosting.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
     for _ in progress(range(steps), "pre-training"):

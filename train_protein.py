@@ -326,7 +326,7 @@ def main() -> None:
     with run_folder(args, boosting, training) as settings:
         out = Path(args.out)
         if args.demo:
-            on_first_process(lambda: (out / "base").exists() or make_demo(out / "base", boosting.seed))
+            on_first_process(lambda: (out / "base").exists() or make_demo(out / "base", boosting))
             args.model, args.train_file = f"{out}/base", f"{out}/base/pairs.csv"
         train = load_pairs(args.train_file or on_first_process(from_hub))
         train, test = (train, load_pairs(args.test_file)) if args.test_file else split(train, boosting.seed)
@@ -377,9 +377,10 @@ def make_pair(draw: random.Random, family: list[str], fit: float) -> tuple[str, 
     return "".join(a), "".join(b), sum(b[i] in FITS[a[i - TOUCHING]] for i in range(TOUCHING))
 
 
-def make_demo(folder: Path, seed: int, steps: int = 320, batch_size: int = 48, count: int = 2400) -> None:
-    """Pre-train the demo's base model and write it, its tokenizer and pairs.csv to `folder`."""
-    draw = random.Random(seed)
+def make_demo(folder: Path, boosting: BoostConfig, steps: int = 320, batch_size: int = 48, count: int = 2400) -> None:
+    """Pre-train the demo's base model and write it, its tokenizer and pairs.csv to `folder`. Raises as
+    `check_fit`."""
+    draw = random.Random(boosting.seed)
     families = [["".join(draw.choices(LETTERS[:20], k=draw.randint(12, 16))) for _ in "ab"]
                 for _ in range(60)]
 
@@ -389,13 +390,14 @@ def make_demo(folder: Path, seed: int, steps: int = 320, batch_size: int = 48, c
         tokenizer = EsmTokenizer(str(path / "vocab.txt"))
         masked = words.index("<mask>")
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(boosting.seed)
             model = EsmForMaskedLM(EsmConfig(
                 vocab_size=len(words), pad_token_id=1, mask_token_id=masked, max_position_embeddings=128,
                 position_embedding_type="rotary", token_dropout=True, hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
                 intermediate_size=128, initializer_range=0.125))
-            task = ProteinTask(model, tokenizer, [], {}, CEConfig(), seed)
+            check_fit(find_targets(model), boosting)
+            task = ProteinTask(model, tokenizer, [], {}, CEConfig(), boosting.seed)
             optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
             for _ in progress(range(steps), "pre-training"):
