@@ -674,9 +674,16 @@ def system_calls():
     refuse, allow = (give, 0, 0, 0x50001), (give, 0, 0, 0x7FFF0000)
     rules = [(load, 0, 0, 4), (equal, 1, 0, machine), refuse, (load, 0, 0, 0), (least, 0, 1, 1 << 30), refuse]
     rules += [(equal, 0, 1, 435), (give, 0, 0, 0x50000 | 38)]
-    for numbers in re.findall(r"=(\d+)/(\d+)", table):
-        rules += [(equal, 0, 1, int(numbers[column])), refuse]
-    rules += [(equal, 0, 3, clone), (load, 0, 0, 16), (bit, 1, 0, 0x10000), refuse, allow]  # CLONE_THREAD
+    rules += [(equal, 0, 4, clone), (load, 0, 0, 16), (bit, 1, 0, 0x10000), refuse, allow]  # CLONE_THREAD
+
+    def search(numbers):
+        if len(numbers) < 4:
+            return [rule for number in numbers for rule in ((equal, 0, 1, number), refuse)] + [allow]
+        middle = len(numbers) // 2
+        low, high = search(numbers[:middle]), search(numbers[middle:])
+        return [(least, len(low), 0, numbers[middle]), *low, *high]
+
+    rules += search(sorted(int(numbers[column]) for numbers in re.findall(r"=(\d+)/(\d+)", table)))
     return b"".join(struct.pack("HBBI", *rule) for rule in rules)
 
 
