@@ -461,6 +461,7 @@ def helper_main(conf):
     os.environ.clear()
     os.putenv("OPENBLAS_NUM_THREADS", "1")  # (not in os.environ) else NumPy, if any, starts threads
     try:
+        os.sched_setaffinity(0, [conf["cpu"]])  # its forks share memory: another CPU is slow to get at it
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # if memory gets short, it is these processes that go
         pids = isolate(conf) if conf["namespaces"] else None
@@ -792,9 +793,9 @@ class Sandbox:
             raise
 
     def start(self, workers: int) -> None:
-        refusal = "switched off"
+        refusal, cpus = "switched off", sorted(os.sched_getaffinity(0))
         for slot in range(workers):
-            self.helpers.append(Helper(self.conf))
+            self.helpers.append(Helper(self.conf, cpus[(os.getpid() + slot) % len(cpus)]))
             error = self.helpers[slot].start()
             if error and slot == 0 and self.conf["namespaces"]:
                 self.conf["namespaces"], refusal = False, error
@@ -869,18 +870,18 @@ def make_job(code: str, tests: str) -> bytes | None:
 class Helper:
     """A helper process and the socket to it."""
 
-    def __init__(self, conf: dict[str, Any]):
+    def __init__(self, conf: dict[str, Any], cpu: int):
         with open("/proc/self/uid_map") as file:  # in a container there may be few users
             plenty = sum(int(line.split()[2]) for line in file) > 1 << 31
         number = os.getpid() * 256 + next(HELPERS) % 256
         self.uid = (1 << 30) + number if plenty else 20000 + number % 40000  # nobody's, for root's candidates
-        self.conf, self.process = conf, None
+        self.conf, self.cpu, self.process = conf, cpu, None
 
     def start(self) -> str:
         """Start it; returns what went wrong, or an empty string."""
         self.socket, theirs = socket.socketpair()
         kept = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-        conf = json.dumps(self.conf | {"uid": self.uid})
+        conf = json.dumps(self.conf | {"uid": self.uid, "cpu": self.cpu})
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", HELPER, conf], stdin=theirs, stdout=subprocess.DEVNULL,
