@@ -1252,6 +1252,8 @@ ATTACKS = {
     "trainer's environment": "assert 'SECRET' in open('/proc/{pid}/environ').read()",
     "loopback": "socket.create_connection(('127.0.0.1', {port}))",
     "outward": "socket.create_connection(('1.1.1.1', 53), 2)",
+    "descriptors": "for n in range(5, 99):\n    try: os.fstat(n)\n    except OSError: continue\n    break\n"
+        "else: raise OSError",
     "flood": "while True: os.write(3, b'x' * 10**6)", "close": "os.closerange(0, 100)",
     "disk": "for n in range(9999): open(str(n), 'w').write('x' * 10**6)",
     "daemon": "if os.fork() == 0:\n    os.setsid()\n    os.fork()\n    time.sleep(99)",
@@ -1281,8 +1283,10 @@ CHEATS = {  # each stands after a wrong function: it wants a verdict that it has
     "objects": "for x in gc.get_objects():\n    if isinstance(x, dict) and 'tests' in x: x['tests'] = 'pass'",
     "write": "for n in range(100):\n    try: os.write(n, b'1\\npass')\n    except OSError: pass",
     "answers": "for n in range(9): os.write(3, b'[\"return\", {\"other\": 0}, null]\\n')",
-    "protocol": "os.write(3, b'[\"return\", null, null]\\n[\"return\", {\"tuple\": [{\"dict\": [[\"f\", '"
-        "b'{\"type\": \"bool\"}], [\"__builtins__\", 0]]}, {\"dict\": []}]}, null]\\n')\nos._exit(0)",
+    "protocol": "os.write(3, b'[\"return\", {\"tuple\": [{\"dict\": [[\"f\", {\"type\": \"bool\"}], '"
+        "b'[\"__builtins__\", 0]]}, {\"dict\": []}]}, null]\\n')\nos._exit(0)",
+    "set by protocol": "os.write(3, b'[\"return\", {\"tuple\": [{\"dict\": [[\"f\", {\"type\": \"str\"}], '"
+        "b'[\"set\", {\"type\": \"bool\"}]]}, {\"dict\": []}]}, null]\\n')\nos._exit(0)",
     "set": "set = sorted = len = abs = lambda *a: 0\ndef f(x): return [9]",
 }
 IMPORTS = "import builtins, ctypes, gc, os, socket, sys, time\n"
@@ -1348,7 +1352,7 @@ def test_no_attack_passes_harms_or_outlives_its_time(namespaces, tmp_path, monke
                             "home": Path.home(), "tmp": tempfile.gettempdir(),
                             "secret": tmp_path / "secret"}.items():
             codes = {key: code.replace("{" + name + "}", str(value)) for key, code in codes.items()}
-        tests = [TESTS if name != "cheat: set" else "assert set(f(1)) == set([2])" for name in codes]
+        tests = ["assert set(f(1)) == set([2])" if "set" in name else TESTS for name in codes]
         users = {helper.uid for helper in sandbox.helpers}
         helpers, start = processes(users), time.monotonic()
         verdicts = sandbox.run(zip(codes.values(), tests))

@@ -23,9 +23,11 @@ import decimal
 import fractions
 import functools
 import gc
+import importlib
 import inspect
 import itertools
 import json
+import marshal
 import math
 import operator
 import os
@@ -40,7 +42,6 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
-import time
 import types
 import warnings
 from collections.abc import Iterable
@@ -269,28 +270,32 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------
 # The sandbox (Linux, standard library only).
 #
-#     trainer  ->  helper  ->  judge  ->  candidate
-#                  (warm)      (tests)    (code)
+#     trainer  ->  helper  ->  judge    <->  candidate
+#                  (warm)      (tests)       (code)
 #
 # The helper is a clean interpreter, one per worker, in namespaces of its own. For each job it forks a judge,
-# the first process of a new PID namespace, and the judge forks the candidate; only then does the judge read
-# the job. The code runs in the candidate, the tests run in the judge. Where the tests call a function of the
-# candidate's, the judge sends the arguments and gets back the result as a plain value, rebuilt from JSON as
-# an exact builtin type. So nothing of the candidate's ever runs where values are compared and the verdict is
-# given: whatever it does to its own interpreter, all that it can do is to answer calls, rightly or wrongly.
+# the first process of a new PID namespace, and a candidate in it; only then does the judge read the job. The
+# code runs in the candidate, the tests run in the judge. Where the tests call a function of the candidate's,
+# the judge sends the arguments and gets back the result as a plain value, rebuilt from JSON as an exact
+# builtin type. So nothing of the candidate's ever runs where values are compared and the verdict is given:
+# whatever it does to its own interpreter, all that it can do is to answer calls, rightly or wrongly.
+#
+# A job costs two forks, and a copy of each page of memory that one of them then writes to, be it to count a
+# reference. So the helper is small, has rehearsed both parts, and prepares all that it can before it forks.
 
-# What helpers import before they fork: what they need, and what candidates import most often. What random,
-# threading and logging want to do after a fork, a third of a trivial candidate's time, is left
-# out: there is one thread, and equal random numbers do no harm.
+# What helpers import before they fork: what they need and what candidates import most often; and what they
+# add without namespaces, where candidates may have no right to read the library. What random, threading and
+# logging want to do after a fork is left out: there is one thread, and equal random numbers do no harm.
 PRELOAD = [
-    "array", "bisect", "builtins", "calendar", "cmath", "collections", "concurrent.futures.thread", "copy",
-    "ctypes", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "gc", "hashlib",
-    "heapq", "itertools", "json", "logging", "math", "numbers", "operator", "os", "queue", "random", "re",
-    "resource", "select", "signal", "socket", "statistics", "string", "struct", "sys", "tempfile",
-    "textwrap", "threading", "time", "traceback", "types", "typing"]
+    "builtins", "collections", "copy", "ctypes", "datetime", "decimal", "enum", "fractions", "functools",
+    "gc", "heapq", "importlib", "itertools", "json", "marshal", "math", "numbers", "operator", "os", "re",
+    "select", "signal", "string", "struct", "sys", "time", "types", "typing"]
+RARER = [
+    "array", "bisect", "calendar", "cmath", "concurrent.futures.thread", "dataclasses", "hashlib", "logging",
+    "queue", "random", "resource", "socket", "statistics", "tempfile", "textwrap", "threading", "traceback"]
 NO_HOOKS = "import os; os.register_at_fork = lambda **_: None"
 MAX_SOURCE = 1_000_000  # characters
-FILTERED = ("x86_64", "aarch64")  # where `seccomp` knows the system calls
+FILTERED = ("x86_64", "aarch64")  # where `system_calls` knows their numbers
 LINUX_ONLY = "the sandbox for generated code works on Linux only"
 HELPERS = itertools.count()
 REMAINS = """No namespaces here ({}). Candidates still run under limits of time, memory, file size, open
@@ -301,8 +306,8 @@ NO_LANDLOCK = "\nThis kernel has no Landlock either: what {} may read and write,
 NO_LIBRARY = "\n{} is closed to them: right answers that import its rarer modules will count as wrong."
 
 
-# The functions from here to `seccomp` run in the helper, which gets their source: they may use nothing of
-# this file but each other and the modules of PRELOAD.
+# The functions from here to `system_calls` run in the helper, which gets their source: they may use nothing
+# of this file but each other and the modules of PRELOAD.
 
 
 @functools.cache
@@ -338,6 +343,7 @@ def plain_types():
 def codec(other, thing):
     """Plain values to JSON and back; `other` numbers what is not plain, `thing` looks the number up."""
     table, types_ = plain_types()
+    kinds = {kind: (name, parts) for name, (kind, parts, _) in table.items()}
     load = {name: build for name, (_, _, build) in table.items()}
     load |= {"type": types_.__getitem__, "other": thing}
 
@@ -347,8 +353,9 @@ def codec(other, thing):
             return x
         if isinstance(x, list):
             return [pack(y) for y in list.__iter__(x)]
-        for name, (kind, parts, _) in table.items():
-            if isinstance(x, kind):
+        for kind in type(x).__mro__:
+            if kind in kinds:
+                name, parts = kinds[kind]
                 return {name: pack(parts(x))}
         if isinstance(x, type) and types_.get(x.__name__) is x:
             return {"type": x.__name__}
@@ -360,7 +367,16 @@ def codec(other, thing):
         (name, value), = tagged.items()
         return load[name](value)
 
-    return lambda x: json.dumps(pack(x)).encode() + b"\n", lambda line: json.loads(line, object_hook=unpack)
+    decode = json.JSONDecoder(object_hook=unpack).decode
+    return lambda x: json.dumps(pack(x)).encode() + b"\n", lambda line: decode(line.decode())
+
+
+def receive(file):
+    """A line, from a descriptor at which no other follows unasked; a part of it at its end or if too long."""
+    line = bytearray()
+    while not line.endswith(b"\n") and len(line) < 1 << 24 and (part := os.read(file, 1 << 16)):
+        line += part
+    return line
 
 
 @functools.cache
@@ -368,22 +384,30 @@ def libc():
     return ctypes.CDLL(None, use_errno=True)
 
 
+def c_function(name, *args):
+    """A call of a C function, to be made later; its failure is an OSError."""
+    function, args = libc()[name], [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+
+    def call():
+        result = function(*args)
+        if result < 0:
+            raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+        return result
+    return call
+
+
 def c_call(name, *args):
-    """Call a C function; its failure is an OSError."""
-    args = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
-    result = libc()[name](*args)
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-    return result
+    return c_function(name, *args)()
 
 
-def set_limits(**limits):
+def limits(**wanted):
+    """Calls that set these limits, or those that are there if they are lower."""
     import resource  # not on every system that may import this file
-    for name, limit in limits.items():
+    for name, limit in wanted.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         limit = limit if hard < 0 else min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
+        yield functools.partial(resource.setrlimit, kind, (limit, limit))
 
 
 def isolate(conf):
@@ -428,61 +452,108 @@ def isolate(conf):
 
 
 def helper_main(conf):
-    """The helper: a judge for each job that comes in on descriptor 0, and its verdict out there, 1 or 0."""
+    """The helper: a judge and a candidate for each job that comes in on descriptor 0, and the verdict out
+    there, 1 or 0."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in 3, 4, 5:  # where the two will have their pipes
+        os.dup2(1, number)
     sys.path += conf["packages"]
     os.environ.clear()
     os.putenv("OPENBLAS_NUM_THREADS", "1")  # (not in os.environ) else NumPy, if any, starts threads
     try:
+        os.sched_setaffinity(0, [conf["cpu"]])  # its forks share memory: another CPU is slow to get at it
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # if memory gets short, it is these processes that go
         pids = isolate(conf) if conf["namespaces"] else None
     except OSError as error:
         os.write(0, f"{error}\n".encode())
         os._exit(1)
+    for name in [] if pids else conf["modules"]:
+        importlib.import_module(name)
     c_call("prctl", 36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to this process
     c_call("prctl", 4, 0)  # PR_SET_DUMPABLE: no tracing of the helper and its judges by others of this user
-    plain_types(), system_calls()  # before the forks, for all of them
+    c_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    for limit in limits(AS=conf["memory_mb"] << 20, FSIZE=16 << 20, NOFILE=64, CORE=0):
+        limit()
+    rehearse(conf)
+    judge, candidate = judging(conf), confining(conf)
+    renew = pids and [
+        c_function("mount", b"tmpfs", b"/box", b"tmpfs", 6, b"size=16m,nr_inodes=1k,mode=777"),
+        c_function("setns", pids, 0x20000000),
+        c_function("unshare", 0x20000000 | 0x08000000)]  # CLONE_NEWPID, CLONE_NEWIPC
+    unmount = c_function("umount2", b"/box", 2)  # MNT_DETACH
+    gc.collect()
     gc.freeze()
     os.write(0, b"\n")
     while os.read(0, 1):  # this byte says that a job follows, which the judge will read
-        box = "/box" if pids else tempfile.mkdtemp(dir=conf["folder"])
+        box = "/box" if pids else f"{conf['folder']}/{os.getpid()}"
         if pids:
-            c_call("mount", b"tmpfs", b"/box", b"tmpfs", 6, b"size=16m,nr_inodes=1k,mode=777")
-            c_call("setns", pids, 0x20000000)
-            c_call("unshare", 0x20000000 | 0x08000000)  # CLONE_NEWPID, CLONE_NEWIPC
-        verdict, write = os.pipe()
-        judge = os.fork()
-        if judge == 0:
-            os.close(verdict)
-            judge_main(conf, box, write)
-        os.close(write)
-        said, poll, end = b"", select.poll(), time.monotonic() + conf["wall_seconds"]
-        poll.register(verdict, select.POLLIN)
-        poll.register(0, 0)  # the trainer is gone
-        while (left := end - time.monotonic()) > 0:
-            events = dict(poll.poll(left * 1000))
-            got = os.read(verdict, 64) if verdict in events else b""
-            said += got
-            if events and not got:
-                break
-        os.close(verdict)
-        os.kill(judge, signal.SIGKILL)
-        os.waitpid(judge, 0)  # PID 1 of its namespace: this returns when the last process in it is gone
-        if pids:
-            c_call("umount2", b"/box", 2)  # MNT_DETACH
+            for call in renew:
+                call()
         else:
-            sweep(conf, said)
+            os.mkdir(box, 0o700)
+        requests, answers, verdict = os.pipe(), os.pipe(), os.pipe()
+        judge_id = fork([requests[1], answers[0], verdict[1]], judge_main, conf, judge)
+        candidate_id = fork([answers[1], requests[0]], candidate, box)
+        for file in *requests, *answers, verdict[1]:
+            os.close(file)
+        poll = select.poll()
+        poll.register(verdict[0], select.POLLIN)
+        poll.register(0, 0)  # the trainer is gone
+        events = dict(poll.poll(conf["wall_seconds"] * 1000))
+        passed = verdict[0] in events and os.read(verdict[0], 4) == b"pass"
+        os.close(verdict[0])
+        for child in candidate_id, judge_id:  # PID 1 of its namespace: gone when the last one in it is
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        if not pids:
+            sweep(conf)
             os.waitpid(os.posix_spawnp("rm", ["rm", "-rf", box], {"PATH": os.defpath}), 0)
-        if b"\n" not in said:
+        if select.select([0], [], [], 0)[0]:
             os._exit(1)  # the job is still in the socket: better a new helper
-        os.write(0, b"1" if said.endswith(b"\npass") else b"0")
+        os.write(0, b"1" if passed else b"0")
+        if pids:
+            unmount()
 
 
-def sweep(conf, said):
-    """Without a PID namespace: kill the candidate and, if it had a user of its own, all of that user's."""
-    if b"\n" in said:
-        os.kill(int(said.split()[0]), signal.SIGKILL)  # a child of the helper's since the judge died
+def fork(files, part, *args):
+    """Call a part in a child that has these descriptors as 3, 4, ... and none above them."""
+    child = os.fork()
+    if child == 0:
+        try:
+            for number, file in enumerate(files, 3):
+                os.dup2(file, number)
+            os.closerange(3 + len(files), 1 << 16)
+            part(*args)
+        finally:
+            os._exit(0)
+    return child
+
+
+def rehearse(conf):
+    """Play both parts here, so that what Python sets up when code first runs is there before the forks."""
+    def judge():
+        part = judging(conf)
+        for _ in range(20):  # until Python has specialized the code
+            part(conf["job"].encode())
+
+    for judges in True, False:
+        requests, answers = os.pipe(), os.pipe()
+        parts = [(judge, requests[1], answers[0]), (serving(), answers[1], requests[0])]
+        (here, *ours), (there, *theirs) = parts if judges else parts[::-1]
+        child = fork(theirs, there)
+        for number, file in enumerate(ours, 3):
+            os.dup2(file, number)
+        for file in *requests, *answers:
+            os.close(file)
+        here()
+        for number in 3, 4:  # at which the child ends
+            os.dup2(1, number)
+        os.waitpid(child, 0)
+
+
+def sweep(conf):
+    """Without a PID namespace: kill all of the candidate's user, if it had a user of its own."""
     if os.getuid() == 0 and os.fork() == 0:
         try:
             os.setresuid(conf["uid"], conf["uid"], conf["uid"])
@@ -497,140 +568,142 @@ def sweep(conf, said):
         pass
 
 
-def judge_main(conf, box, verdict):
-    """The judge: forks the candidate, reads the job, runs the tests. Never returns."""
-    try:
+def judge_main(conf, judge):
+    """The judge: reads the job, runs the tests."""
+    if not conf["namespaces"]:
         c_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        set_limits(AS=conf["memory_mb"] << 20)
-        ours, theirs = socket.socketpair()
-        child = os.fork()
-        if child == 0:
-            candidate_main(conf, box, theirs.fileno())
-        theirs.close()
-        with open(0, "rb", closefd=False) as jobs:
-            code, tests = json.loads(jobs.readline())
-        os.write(verdict, b"%d\n" % child)
-        stream, handles, numbers = ours.makefile("rwb"), {}, {}
+    judge(receive(0))
+    os.write(5, b"pass")
 
-        def ask(what, /, *args, **kwargs):
-            """One request of the candidate: its result, or its exception raised here."""
-            try:
-                stream.write(dump([what, args, kwargs]))
-                stream.flush()
-                status, value, after = load(stream.readline(1 << 24))
-                if status == "raise":
-                    kind = getattr(builtins, value[0])
-                    assert issubclass(kind, Exception)
-                    value = kind.__new__(kind, str(value[1]))
-                for old, new in zip(args, after or ()):  # the call changed its arguments: so do we
-                    if type(old) is type(new) is list:
-                        old[:] = new
-                    elif type(old) is type(new) and type(old) in (dict, set):
-                        old.clear()
-                        old.update(new)
-            except BaseException:  # noqa: BLE001
-                os._exit(1)  # rather than an exception, which the tests could catch
+
+def judging(conf):
+    """Prepare `judge(job)`, which runs the tests, and raises or ends this process where they fail."""
+    handles, numbers = {}, {}
+
+    def ask(what, /, *args, **kwargs):
+        """One request of the candidate: its result, or its exception raised here."""
+        try:
+            os.write(3, dump([what, kwargs, *args]))
+            status, value, after = load(receive(4))
             if status == "raise":
-                raise value
-            return value
+                kind = getattr(builtins, value[0])
+                assert issubclass(kind, Exception)
+                value = kind.__new__(kind, str(value[1]))
+            for old, new in zip(args, after or ()):  # the call changed its arguments: so do we
+                if type(old) is type(new) is list:
+                    old[:] = new
+                elif type(old) is type(new) and type(old) in (dict, set):
+                    old.clear()
+                    old.update(new)
+        except BaseException:  # noqa: BLE001
+            os._exit(1)  # rather than an exception, which the tests could catch
+        if status == "raise":
+            raise value
+        return value
 
-        # Something of the candidate's that is not plain: used through the candidate, equal only to itself.
-        Handle = type("Handle", (), {
-            f"__{what}__": lambda *args, _what=what, **kwargs: ask(_what, *args, **kwargs)
-            for what in ("call", "getattr", "setattr", "getitem", "iter", "next", "len", "bool", "str",
-                         "repr")})
+    # Something of the candidate's that is not plain: used through the candidate, equal only to itself.
+    Handle = type("Handle", (), {
+        f"__{what}__": lambda *args, _what=what, **kwargs: ask(_what, *args, **kwargs)
+        for what in ("call", "getattr", "setattr", "getitem", "iter", "next", "len", "bool", "str",
+                     "repr")})
 
-        def handle(number):
-            if number not in handles:
-                handles[number] = Handle()
-                numbers[handles[number]] = number
-            return handles[number]
+    def handle(number):
+        if number not in handles:
+            handles[number] = Handle()
+            numbers[handles[number]] = number
+        return handles[number]
 
-        dump, load = codec(numbers.__getitem__, handle)
-        ask("exec", code)
-        program = compile(tests, "<tests>", "exec")
-        names, todo = set(), [program]
-        while todo:
-            part = todo.pop()
-            names.update(name for name in part.co_names if not name.startswith("__"))
-            todo += [const for const in part.co_consts if isinstance(const, types.CodeType)]
+    dump, load = codec(numbers.__getitem__, handle)
+
+    def judge(job):
+        code, own, others, program = marshal.loads(bytes.fromhex(job.decode()))
+        found, modules = ask("exec", code, own + others)
         # Builtins are the tests' own, unless they use nothing else of the candidate's (MBPP 126 tests `sum`).
-        for wanted in names - set(dir(builtins)), names & set(dir(builtins)):
-            found, modules = ask("names", wanted)
+        for wanted in own, others:
             space = {name: found[name] for name in wanted if name in found}
             if space:
                 break
         for name in set(space) & set(modules):
-            if modules[name] in conf["preload"]:  # a module that candidate and tests share
-                space[name] = sys.modules[modules[name]]
+            if modules[name] in conf["modules"]:  # which candidate and tests share
+                space[name] = importlib.import_module(modules[name])
         exec(program, space)  # noqa: S102 - the tests are the data set's
-        os.write(verdict, b"pass")
-    finally:
-        os._exit(0)
+
+    return judge
 
 
-def candidate_main(conf, box, channel):
-    """The candidate: gives up all rights, runs its code, answers the judge's requests. Never returns."""
-    try:
-        root, namespaces = os.getuid() == 0, conf["namespaces"]
+def confining(conf):
+    """Prepare `candidate(box)`, which gives up all rights, runs its code and answers the judge's requests."""
+    root, namespaces, uid, serve = os.getuid() == 0, conf["namespaces"], conf["uid"], serving()
+    # NPROC counts all of the user's processes and threads: this one's alone if it has a user of its own.
+    threads = conf["threads"] if root or namespaces else 0
+    own_limits = [*limits(CPU=conf["cpu_seconds"], NPROC=threads)]
+    locks = [c_function("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))]  # no capabilities
+    if rules := system_calls():
+        program = struct.pack("@HP", len(rules) // 8, ctypes.cast(rules, ctypes.c_void_p).value)
+        locks.append(c_function("prctl", 22, 2, program))  # PR_SET_SECCOMP
+
+    def candidate(box):
         os.setsid()
-        c_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        os.dup2(1, 0)  # /dev/null
-        os.dup2(os.memfd_create("output"), 1)  # no longer than a file may be: then print fails
-        os.dup2(1, 2)
-        os.dup2(channel, 3)
+        output = os.memfd_create("output")  # no longer than a file may be: then print fails
+        for file, number in (1, 0), (output, 1), (output, 2):  # 1 was /dev/null
+            os.dup2(file, number)
         os.chdir(box)
-        # NPROC counts all of the user's processes and threads: this one's alone if it has a user of its own.
-        set_limits(CPU=conf["cpu_seconds"], FSIZE=16 << 20, NOFILE=64, CORE=0,
-                   NPROC=conf["threads"] if root or namespaces else 0)
+        for limit in own_limits:
+            limit()
         if root:
             if not namespaces:
-                os.chown(box, conf["uid"], conf["uid"])
+                os.chown(box, uid, uid)
             os.setgroups([])
-            os.setresgid(*[conf["uid"]] * 3)
-            os.setresuid(*[conf["uid"]] * 3)
-        c_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-        c_call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities
-        if not namespaces and has_landlock():
-            landlock(conf["see"])
-        os.closerange(4, 1 << 16)  # the verdict's pipe among them
-        seccomp()
-        stream = socket.socket(fileno=3).makefile("rwb")
-        things, numbers, module = [], {}, types.ModuleType("candidate")  # not __main__
-        space = vars(module)
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        if not namespaces:
+            c_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which a change of user undoes
+            if has_landlock():
+                landlock(conf["see"])
+        os.closerange(5, 1 << 16)
+        for lock in locks:
+            lock()
+        serve()
+
+    return candidate
+
+
+def serving():
+    """Prepare `serve()`, which answers the judge's requests."""
+    things, numbers, module = [], {}, types.ModuleType("candidate")  # not __main__
+    space = vars(module)
+
+    def number(x):
+        if id(x) not in numbers:
+            numbers[id(x)] = len(things)
+            things.append(x)
+        return numbers[id(x)]
+
+    def execute(code, wanted):
+        exec(compile(code, "<candidate>", "exec", dont_inherit=True), space)  # noqa: S102 - the purpose
+        found = {name: space[name] for name in wanted if name in space}
+        return found, {name: x.__name__ for name, x in found.items() if isinstance(x, types.ModuleType)}
+
+    dump, load = codec(number, things.__getitem__)
+    answer = {
+        "exec": execute, "call": lambda f, /, *args, **kwargs: f(*args, **kwargs),
+        "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "iter": iter, "next": next,
+        "len": len, "bool": bool, "str": str, "repr": repr}
+
+    def serve():
         sys.modules["candidate"] = module
-
-        def number(x):
-            if id(x) not in numbers:
-                numbers[id(x)] = len(things)
-                things.append(x)
-            return numbers[id(x)]
-
-        def execute(code):
-            exec(compile(code, "<candidate>", "exec", dont_inherit=True), space)  # noqa: S102 - the purpose
-
-        def names(wanted):
-            found = {name: space[name] for name in wanted if name in space}
-            return found, {name: x.__name__ for name, x in found.items() if isinstance(x, types.ModuleType)}
-
-        dump, load = codec(number, things.__getitem__)
-        answer = {
-            "exec": execute, "names": names, "call": lambda f, /, *args, **kwargs: f(*args, **kwargs),
-            "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "iter": iter, "next": next,
-            "len": len, "bool": bool, "str": str, "repr": repr}
-        while True:
-            what, args, kwargs = load(stream.readline())
-            before = dump(args)
+        while line := receive(4):
+            what, kwargs, *args = load(line)
             try:
+                before = dump(args) if what == "call" else None
                 value = answer[what](*args, **kwargs)
-                reply = dump(["return", value, args if dump(args) != before else None])
+                reply = dump(["return", value, args if before and dump(args) != before else None])
             except Exception as error:  # noqa: BLE001
                 kind = next(kind for kind in type(error).__mro__ if kind.__module__ == "builtins")
                 reply = dump(["raise", [kind.__name__, str(error)], None])
-            stream.write(reply)
-            stream.flush()
-    finally:
-        os._exit(0)
+            os.write(3, reply)
+
+    return serve
 
 
 def has_landlock():
@@ -674,21 +747,23 @@ def system_calls():
     refuse, allow = (give, 0, 0, 0x50001), (give, 0, 0, 0x7FFF0000)
     rules = [(load, 0, 0, 4), (equal, 1, 0, machine), refuse, (load, 0, 0, 0), (least, 0, 1, 1 << 30), refuse]
     rules += [(equal, 0, 1, 435), (give, 0, 0, 0x50000 | 38)]
-    for numbers in re.findall(r"=(\d+)/(\d+)", table):
-        rules += [(equal, 0, 1, int(numbers[column])), refuse]
-    rules += [(equal, 0, 3, clone), (load, 0, 0, 16), (bit, 1, 0, 0x10000), refuse, allow]  # CLONE_THREAD
+    rules += [(equal, 0, 4, clone), (load, 0, 0, 16), (bit, 1, 0, 0x10000), refuse, allow]  # CLONE_THREAD
+
+    def search(numbers):
+        if len(numbers) < 4:
+            return [rule for number in numbers for rule in ((equal, 0, 1, number), refuse)] + [allow]
+        middle = len(numbers) // 2
+        low, high = search(numbers[:middle]), search(numbers[middle:])
+        return [(least, len(low), 0, numbers[middle]), *low, *high]
+
+    rules += search(sorted(int(numbers[column]) for numbers in re.findall(r"=(\d+)/(\d+)", table)))
     return b"".join(struct.pack("HBBI", *rule) for rule in rules)
 
 
-def seccomp():
-    if rules := system_calls():
-        kept = ctypes.create_string_buffer(rules)
-        c_call("prctl", 22, 2, struct.pack("@HP", len(rules) // 8, ctypes.addressof(kept)))  # PR_SET_SECCOMP
-
-
 HELPER = "\n".join([NO_HOOKS, f"import {', '.join(PRELOAD)}", *map(inspect.getsource, (
-    plain_types, codec, libc, c_call, set_limits, isolate, helper_main, sweep, judge_main, candidate_main,
-    has_landlock, landlock, system_calls, seccomp)), "helper_main(json.loads(sys.argv.pop()))"])
+    plain_types, codec, receive, libc, c_function, c_call, limits, isolate, helper_main, fork, rehearse,
+    sweep, judge_main, judging, confining, serving, has_landlock, landlock, system_calls)),
+    "helper_main(json.loads(sys.argv.pop()))"])
 
 
 class Sandbox:
@@ -709,7 +784,8 @@ class Sandbox:
         self.conf = {
             "cpu_seconds": math.ceil(cpu_seconds), "wall_seconds": wall_seconds, "memory_mb": memory_mb,
             "threads": 32 if os.uname().machine in FILTERED else 1, "namespaces": namespaces,
-            "folder": self.folder, "preload": PRELOAD, "packages": paths[2:], "see": see}
+            "folder": self.folder, "modules": PRELOAD + RARER, "packages": paths[2:], "see": see,
+            "job": make_job("def f(x): return x", "assert f(1) == 1").decode()}
         try:
             self.start(workers or len(os.sched_getaffinity(0)))
         except BaseException:
@@ -717,9 +793,9 @@ class Sandbox:
             raise
 
     def start(self, workers: int) -> None:
-        refusal = "switched off"
+        refusal, cpus = "switched off", sorted(os.sched_getaffinity(0))
         for slot in range(workers):
-            self.helpers.append(Helper(self.conf))
+            self.helpers.append(Helper(self.conf, cpus[(os.getpid() + slot) % len(cpus)]))
             error = self.helpers[slot].start()
             if error and slot == 0 and self.conf["namespaces"]:
                 self.conf["namespaces"], refusal = False, error
@@ -748,36 +824,68 @@ class Sandbox:
 
     def run(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """For each (code, tests): did `code` run, and then `tests` to its very end, without an exception?"""
-        def one(pair):
+        pairs = [*pairs]
+        verdicts, todo = [False] * len(pairs), enumerate(pairs)
+
+        def work(_):
             helper = self.free.get()
             try:
-                return len(pair[0]) <= MAX_SOURCE and helper.verdict(*pair)
+                for number, (code, tests) in todo:
+                    verdicts[number] = len(code) <= MAX_SOURCE and helper.verdict(code, tests)
             finally:
                 self.free.put(helper)
 
-        with ThreadPoolExecutor(len(self.helpers)) as pool:
-            return list(pool.map(one, pairs))
+        with warnings.catch_warnings(), ThreadPoolExecutor(len(self.helpers)) as pool:
+            for kind in SyntaxWarning, DeprecationWarning:  # MBPP has invalid escapes
+                warnings.simplefilter("ignore", kind)
+            try:
+                list(pool.map(work, self.helpers))
+            finally:
+                list(todo)  # nothing is left to do after an error or Ctrl-C
+        return verdicts
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare(tests: str) -> tuple[list[str], list[str], types.CodeType] | None:
+    """The names that the tests use, those of builtins apart, and the tests compiled."""
+    try:
+        program = compile(tests, "<tests>", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    names, todo = set(), [program]
+    while todo:
+        part = todo.pop()
+        names.update(name for name in part.co_names if not name.startswith("__"))
+        todo += [const for const in part.co_consts if isinstance(const, types.CodeType)]
+    others = {name for name in names if hasattr(builtins, name)}
+    return [*names - others], [*others], program
+
+
+def make_job(code: str, tests: str) -> bytes | None:
+    """What the judge reads. It has the tests from here, so it may trust marshal."""
+    prepared = prepare(tests)
+    return prepared and marshal.dumps((code, *prepared)).hex().encode() + b"\n"
 
 
 class Helper:
     """A helper process and the socket to it."""
 
-    def __init__(self, conf: dict[str, Any]):
+    def __init__(self, conf: dict[str, Any], cpu: int):
         with open("/proc/self/uid_map") as file:  # in a container there may be few users
             plenty = sum(int(line.split()[2]) for line in file) > 1 << 31
         number = os.getpid() * 256 + next(HELPERS) % 256
         self.uid = (1 << 30) + number if plenty else 20000 + number % 40000  # nobody's, for root's candidates
-        self.conf, self.process = conf, None
+        self.conf, self.cpu, self.process = conf, cpu, None
 
     def start(self) -> str:
         """Start it; returns what went wrong, or an empty string."""
         self.socket, theirs = socket.socketpair()
         kept = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+        conf = json.dumps(self.conf | {"uid": self.uid, "cpu": self.cpu})
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", HELPER, json.dumps(self.conf | {"uid": self.uid})],
-                stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=kept, cwd="/",
-                start_new_session=True)
+                [sys.executable, "-I", "-S", "-c", HELPER, conf], stdin=theirs, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, env=kept, cwd="/", start_new_session=True)
         self.socket.settimeout(60)
         try:
             line = self.socket.recv(1000).decode()
@@ -799,11 +907,12 @@ class Helper:
 
     def verdict(self, code: str, tests: str) -> bool:
         """The judge's verdict; from a new helper if this one does not give it."""
-        job = b"j" + json.dumps([code, tests]).encode() + b"\n"
+        if not (job := make_job(code, tests)):
+            return False  # the tests are not Python
         for _ in range(2):
             try:
                 self.socket.settimeout(self.conf["wall_seconds"] + 10)
-                self.socket.sendall(job)
+                self.socket.sendall(b"j" + job)
                 answer = self.socket.recv(1)
             except OSError:
                 answer = b""
