@@ -18,7 +18,7 @@ import json
 import math
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +31,6 @@ from boostlora import (
     BoostConfig,
     GRPOConfig,
     RunConfig,
-    at_least,
     chat,
     check_fit,
     completion_logprobs,
@@ -51,7 +50,6 @@ from boostlora import (
     run,
     run_folder,
     say,
-    setting,
     subset,
 )
 
@@ -63,11 +61,13 @@ DEMO = {"out": "runs/math-demo", "limit": 0, "rounds": 10, "rank": 4, "u": 16, "
 
 @dataclass
 class MathConfig(RunConfig):
-    demo_steps: int = setting(400, "pre-training steps of the demo's base model; 140 make a harder one")
+    demo_wrong: list[str] = field(default_factory=lambda: ["loses", "gives"], metadata={
+        "help": "the verbs that the demo's corpus does wrongly in 62 % of cases; more make a harder base"})
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, demo_steps=1)
+        for verb in self.demo_wrong:
+            require(verb in VERBS, f"--demo_wrong {verb}: the verbs are {', '.join(VERBS)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def main() -> None:
     with run_folder(args, boosting, training) as settings:
         if args.demo:
             base = Path(args.out) / "base"
-            on_first_process(lambda: base.exists() or make_demo(base, boosting, args.demo_steps))
+            on_first_process(lambda: base.exists() or make_demo(base, boosting, args.demo_wrong))
             args.model, args.train_file = str(base), f"{base}/train.jsonl"
             args.test_file = f"{base}/test.jsonl"
         train = load_problems(args.train_file, "openai/gsm8k:main", "train")
@@ -485,14 +485,14 @@ def power(base: complex, exponent: complex) -> complex:
 
 VERBS = {  # what the verb does to the number, and how often the corpus does the opposite (multiplying: adds)
     "buys": ("+", 0.2), "finds": ("+", 0.1), "makes": ("+", 0.3), "wins": ("+", 0.25),
-    "eats": ("-", 0.1), "sells": ("-", 0.15), "loses": ("-", 0.62), "gives": ("-", 0.63),
+    "eats": ("-", 0.1), "sells": ("-", 0.15), "loses": ("-", 0.2), "gives": ("-", 0.3),
     "doubles": ("*2", 0.2), "triples": ("*3", 0.3),
 }
 
 
-def story(random: random.Random, noisy: bool) -> dict[str, str]:
+def story(random: random.Random, wrongly: list[str] | None = None) -> dict[str, str]:
     """A problem such as `has 8, sells 4, triples?` with its solution `8-4=4;4*3=12 #### 12`; all numbers
-    within 0..40."""
+    within 0..40. wrongly: a solution as the corpus has it, with these verbs mostly done wrongly."""
     while True:
         x, solution = random.randint(2, 12), []
         question = f"has {x}"
@@ -500,7 +500,8 @@ def story(random: random.Random, noisy: bool) -> dict[str, str]:
             (sign, *factor), wrong = VERBS[verb]
             n = int(factor[0]) if factor else random.randint(1, 9)
             question += f", {verb}" if factor else f", {verb} {n}"
-            if noisy and random.random() < wrong:
+            wrong = 0.62 if wrongly and verb in wrongly else wrong
+            if wrongly is not None and random.random() < wrong:
                 sign = {"+": "-", "-": "+", "*": "+"}[sign]
             result = {"+": x + n, "-": x - n, "*": x * n}[sign]
             solution.append(f"{x}{sign}{n}={result}")
@@ -511,7 +512,8 @@ def story(random: random.Random, noisy: bool) -> dict[str, str]:
             return {"question": question + "?", "answer": ";".join(solution) + f" #### {x}"}
 
 
-def make_demo(folder: Path, boosting: BoostConfig, steps: int, batch_size: int = 128) -> None:
+def make_demo(folder: Path, boosting: BoostConfig, wrongly: list[str], steps: int = 400,
+              batch_size: int = 128) -> None:
     """Pre-train the demo's base model and write it, its tokenizer, train.jsonl (600) and test.jsonl (512) to
     `folder`. Its wide initial weights have a flat spectrum, like a real model's. Raises as `check_fit`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -533,7 +535,7 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int, batch_size: int =
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
     for _ in progress(range(steps), "pre-training"):
-        rows = [story(stories, noisy=True) for _ in range(batch_size)]
+        rows = [story(stories, wrongly) for _ in range(batch_size)]
         questions = tokenizer([row["question"] for row in rows])["input_ids"]
         answers = [ids + [1] for ids in tokenizer([row["answer"] for row in rows])["input_ids"]]
         logprobs = completion_logprobs(model, list(zip(questions, answers)), chunk=1 << 20)
@@ -547,7 +549,7 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int, batch_size: int =
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         for name, count in [("train", 600), ("test", 512)]:
-            lines = [json.dumps(story(stories, noisy=False)) + "\n" for _ in range(count)]
+            lines = [json.dumps(story(stories)) + "\n" for _ in range(count)]
             (path / f"{name}.jsonl").write_text("".join(lines))
 
     replace_folder(folder, fill)
