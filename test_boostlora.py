@@ -963,7 +963,7 @@ def test_flags_that_make_no_sense_are_refused(tmp_path, monkeypatch, flags, mess
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("script", [train_math, train_protein])
+@pytest.mark.parametrize("script", [train_math, train_code, train_protein])
 def test_the_demo_is_checked_before_it_pre_trains(tmp_path, monkeypatch, script):
     monkeypatch.setattr(torch.optim, "AdamW", None)
     monkeypatch.setattr(sys, "argv", ["train.py", "--demo", "--rank", "99", "--out", str(tmp_path / "run")])

@@ -62,7 +62,9 @@ from boostlora import (
     above_zero,
     at_least,
     chat,
+    check_fit,
     completion_logprobs,
+    find_targets,
     finish,
     fits_context,
     generate,
@@ -254,7 +256,7 @@ def main() -> None:
         sandbox = stack.enter_context(Sandbox(**dataclasses.asdict(limits))) if process() == 0 else None
         if args.demo:
             base = Path(args.out) / "base"
-            on_first_process(lambda: base.exists() or make_demo(base, boosting.seed))
+            on_first_process(lambda: base.exists() or make_demo(base, boosting))
             args.model, args.train_file = str(base), f"{base}/train.jsonl"
             args.test_file = f"{base}/test.jsonl,{base}/other_shapes.jsonl"
         train, tests = load_data(args)
@@ -971,9 +973,10 @@ def problem_rows(random: random.Random, ids: range, long: bool, taken: set[str])
         yield {"task_id": task_id, "text": text, "code": code, "test_setup_code": "", "test_list": tests}
 
 
-def make_demo(folder: Path, seed: int, steps: int = 400, batch_size: int = 128) -> None:
+def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400, batch_size: int = 128) -> None:
     """Pre-train the demo's base model and write it, its tokenizer, train.jsonl (374 tasks), test.jsonl (500)
-    and other_shapes.jsonl (500 of a shape that the corpus has and the boosting never sees) to `folder`."""
+    and other_shapes.jsonl (500 of a shape that the corpus has and the boosting never sees) to `folder`.
+    Raises as `check_fit`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     # AutoTokenizer opens whatever lies beside a Qwen2 model as byte-level BPE, so that is what this is:
     # characters (Ġ is the space), no merges, and the words as added tokens.
@@ -983,12 +986,13 @@ def make_demo(folder: Path, seed: int, steps: int = 400, batch_size: int = 128) 
     tokenizer.add_tokens(["def", "return", "\n    ", *WORDS])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(boosting.seed)
         model = Qwen2ForCausalLM(Qwen2Config(
             vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, intermediate_size=240, tie_word_embeddings=True, pad_token_id=0,
             eos_token_id=1, max_position_embeddings=128, initializer_range=0.1))
-    numbers = random.Random(seed)
+    check_fit(find_targets(model), boosting)
+    numbers = random.Random(boosting.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
     for _ in progress(range(steps), "pre-training"):
