@@ -117,8 +117,7 @@ class BoostConfig:
 
 @dataclass
 class GRPOConfig:
-    """GRPO on fresh completions. The defaults are choices for a 3B model on one GPU, where nobody tuned
-    them."""
+    """GRPO on fresh completions. The defaults are choices for a 3B model on one GPU; nobody tuned them."""
 
     steps: int = setting(8, "optimiser steps per round: of 32 prompts each, most of a pass over 375 failures")
     prompts: int = setting(32, "prompts per step; with fewer failures than this, a step takes them all")
@@ -187,8 +186,8 @@ def leading_eigenpairs(G: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
     Chebyshev-filtered subspace iteration (Zhou, Saad, Tiago and Chelikowsky 2006): a polynomial of G that is
     small on [0, a] and grows fast above turns a few random vectors X towards the leading eigenvectors; a is
     what their span finds as its smallest eigenvalue. Pairs with a residual under 1e-7 of the k-th eigenvalue
-    are taken out of G, largest first. Three times as fast as all n pairs, which small matrices, and spectra
-    too flat for 12 rounds of this, still get. """
+    are taken out of G, largest first. Small matrices, and spectra too flat for 12 rounds of this, get all n
+    pairs, which takes two to three times as long at n = 2048. """
     n, width = len(G), k + 24
     X = torch.randn(n, width, dtype=G.dtype, generator=generator("basis")).to(G.device)
     rest, values, vectors = G, G[:0, 0], G[:, :0]  # what is left of G; the pairs that are found
@@ -273,8 +272,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every nn.Linear inside the blocks, by name, in depth order: never embeddings or a head. Raises
-    InputError where there is none."""
+    """Every nn.Linear inside the blocks, by name, in depth order: no embeddings, no head. Raises InputError
+    where there is none."""
     prefix, blocks = find_blocks(model)
     targets = {f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
     kinds = sorted({type(m).__name__ for m in blocks.modules() if getattr(m, "weight", None) is not None})
@@ -419,8 +418,7 @@ class Booster:
         return kept / total if total else 1.0
 
     def summary(self) -> dict[str, Any]:
-        """For the record: norm of the last round's update over all targets; of the sum, norm, rank,
-        fidelity."""
+        """For the record: norm of the last round's update, all targets; of the sum, norm, rank, fidelity."""
         last = range(len(self.vectors))[-1:]
         norm = sum(float(self.SR(name, t).square().sum()) for name in self.targets for t in last)
         total = sum(float(self.core(name).square().sum()) for name in self.targets)
