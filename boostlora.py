@@ -283,13 +283,14 @@ def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
 
 def check_fit(targets: dict[str, nn.Linear], config: BoostConfig) -> None:
     """Raises InputError where rank x rounds exceeds a target's smaller side, or `groups` their number."""
-    k = config.rank * (1 if config.basis == "top" else config.rounds)
+    rounds = 1 if config.basis == "top" else config.rounds
+    k = config.rank * rounds
     for name, linear in sorted(targets.items(), key=lambda target: min(target[1].weight.shape)):
         side, weight = min(linear.weight.shape), linear.weight
         require(weight.is_floating_point(), f"{name} holds {weight.dtype}: load the model unquantised")
         require(k <= side, f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets, "
-                f"but {name} {list(weight.shape)} has {side}: at most "
-                + (f"--rounds {side // config.rank}" if config.rank <= side else f"--rank {side}"))
+                f"but {name} {list(weight.shape)} has {side}: at most --rank {max(1, side // rounds)}"
+                + (f", or --rounds {side // config.rank}" if rounds > 1 and config.rank <= side else ""))
     require(config.groups <= len(targets), f"--groups {config.groups}: there are only {len(targets)} targets")
 
 
@@ -1298,7 +1299,7 @@ def run(main: Callable[[], None]) -> None:
         code, message = 1, ("error: not enough GPU memory: lower --cache_tokens if it happened in sampling "
                             "or evaluating, --micro_batch_tokens in training; the finished rounds are kept")
     except KeyboardInterrupt:
-        code, message = 130, "\nstopped: the same command continues after the last finished round"
+        code, message = 130, "\nstopped: the same command goes on after the last finished round, if any"
     print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(code)  # an orderly end would wait for the others, who may wait for this process

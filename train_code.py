@@ -992,6 +992,7 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400, batch_size:
             num_key_value_heads=2, intermediate_size=240, tie_word_embeddings=True, pad_token_id=0,
             eos_token_id=1, max_position_embeddings=128, initializer_range=0.1))
     check_fit(find_targets(model), boosting)
+    say("Pre-training the demo's base model: about a minute.")
     numbers = random.Random(boosting.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)

@@ -62,7 +62,7 @@ DEMO = {"out": "runs/math-demo", "limit": 0, "rounds": 10, "rank": 4, "u": 16, "
 @dataclass
 class MathConfig(RunConfig):
     demo_wrong: list[str] = field(default_factory=lambda: ["loses", "gives"], metadata={
-        "help": "the verbs that the demo's corpus does wrongly in 62 % of cases; more make a harder base"})
+        "help": "the verbs that the demo's corpus does wrongly in 62 of 100 cases; more make a harder base"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -531,6 +531,7 @@ def make_demo(folder: Path, boosting: BoostConfig, wrongly: list[str], steps: in
             intermediate_size=240, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
             max_position_embeddings=128, initializer_range=0.1))
     check_fit(find_targets(model), boosting)
+    say("Pre-training the demo's base model: about a minute.")
     stories = random.Random(boosting.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)

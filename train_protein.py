@@ -377,7 +377,8 @@ def make_pair(draw: random.Random, family: list[str], fit: float) -> tuple[str, 
     return "".join(a), "".join(b), sum(b[i] in FITS[a[i - TOUCHING]] for i in range(TOUCHING))
 
 
-def make_demo(folder: Path, boosting: BoostConfig, steps: int = 320, batch_size: int = 48, count: int = 2400) -> None:
+def make_demo(folder: Path, boosting: BoostConfig, steps: int = 320, batch_size: int = 48,
+              count: int = 2400) -> None:
     """Pre-train the demo's base model and write it, its tokenizer and pairs.csv to `folder`. Raises as
     `check_fit`."""
     draw = random.Random(boosting.seed)
@@ -397,6 +398,7 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 320, batch_size:
                 attention_probs_dropout_prob=0.0, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
                 intermediate_size=128, initializer_range=0.125))
             check_fit(find_targets(model), boosting)
+            say("Pre-training the demo's base model: about a minute.")
             task = ProteinTask(model, tokenizer, [], {}, CEConfig(), boosting.seed)
             optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
