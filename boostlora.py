@@ -288,9 +288,11 @@ def check_fit(targets: dict[str, nn.Linear], config: BoostConfig) -> None:
     for name, linear in sorted(targets.items(), key=lambda target: min(target[1].weight.shape)):
         side, weight = min(linear.weight.shape), linear.weight
         require(weight.is_floating_point(), f"{name} holds {weight.dtype}: load the model unquantised")
-        require(k <= side, f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets, "
-                f"but {name} {list(weight.shape)} has {side}: at most --rank {max(1, side // rounds)}"
-                + (f", or --rounds {side // config.rank}" if rounds > 1 and config.rank <= side else ""))
+        if k > side:
+            ways = [f"at most --rank {side // rounds}"] if rounds <= side else []
+            ways += [f"at most --rounds {side // config.rank}"] if config.rank <= side else []
+            raise InputError(f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets, "
+                             f"but {name} {list(weight.shape)} has {side}: {' or '.join(ways) or 'lower both'}")
     require(config.groups <= len(targets), f"--groups {config.groups}: there are only {len(targets)} targets")
 
 
@@ -675,8 +677,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
         done |= torch.isin(token, stops)
         if step + 1 == max_new_tokens:
             break
-        if (step + 1) % look == 0 and done.sum() >= max(1, len(alive) / 8):  # leaving copies the cache; the
-            # others that are done go on, and what they add is cut below
+        # Leaving copies the cache, so an eighth waits for each other; what they add meanwhile is cut below.
+        if (step + 1) % look == 0 and done.sum() >= max(1, len(alive) / 8):
             keep = (~done).nonzero().squeeze(-1)
             bar.update(len(alive) - len(keep))
             alive, mask, position, token, done = (x[keep] for x in (alive, mask, position, token, done))

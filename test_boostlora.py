@@ -253,7 +253,7 @@ def test_the_layer_is_the_equation():
 
 def test_too_many_rounds_or_groups_are_refused_before_the_basis(monkeypatch):
     monkeypatch.setattr(boostlora, "svd_basis", None)
-    with pytest.raises(InputError, match=r"layers.0.self_attn.k_proj .* has 16: at most .*, or --rounds 5"):
+    with pytest.raises(InputError, match=r"layers.0.self_attn.k_proj .* has 16: at most .* or at most --rounds 5"):
         Booster(qwen(), BoostConfig(rank=3, rounds=6))
     with pytest.raises(InputError, match="--groups 999.*14 target"):
         Booster(qwen(), BoostConfig(rank=1, rounds=1, groups=999))
@@ -275,6 +275,21 @@ def test_attached_equals_merged(make, dtype, tolerance, basis):
         assert (attached - logits(model)).abs().max() < tolerance * before.abs().max()
     if dtype == torch.float32:
         assert (logits(model) - before).abs().max() > 10 * tolerance * before.abs().max()
+
+
+def test_no_rounds_change_nothing():  # --rounds 0: the model as it is, evaluated
+    model, before = qwen(), bits(qwen())
+    booster = Booster(model, BoostConfig(rounds=0))
+    booster.write()
+    assert same_bits(bits(model), before) and booster.summary()["rank"] == {"min": 0, "max": 0}
+
+
+@pytest.mark.parametrize(("rank", "rounds", "advice"), [
+    (9, 4, "at most --rank 4 or at most --rounds 1$"), (17, 4, ": at most --rank 4$"),
+    (1, 99, ": at most --rounds 16$"), (99, 99, "lower both$")])
+def test_advice_on_rank_and_rounds_fits_every_target(rank, rounds, advice):
+    with pytest.raises(InputError, match=advice):
+        Booster(qwen(), BoostConfig(rank=rank, rounds=rounds))
 
 
 def test_only_an_attached_adapter_is_merged_and_only_once():
@@ -733,7 +748,7 @@ def test_more_rounds_continue_a_finished_run_and_fewer_are_refused(tmp_path):
     assert len(one) == 6 and torch.allclose(one, other, atol=1e-4)
     with pytest.raises(InputError, match="6 rounds, more than --rounds 4.*rounds=4"):
         run_words(tmp_path / "short")
-    with pytest.raises(InputError, match="or --rounds 16"):
+    with pytest.raises(InputError, match="at most --rounds 16"):
         run_words(tmp_path / "short", config=dataclasses.replace(CONFIG, rounds=17))
 
 
