@@ -291,8 +291,9 @@ def check_fit(targets: dict[str, nn.Linear], config: BoostConfig) -> None:
         if k > side:
             ways = [f"at most --rank {side // rounds}"] if rounds <= side else []
             ways += [f"at most --rounds {side // config.rank}"] if config.rank <= side else []
-            raise InputError(f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets, but "
-                             f"{name} {list(weight.shape)} has {side}: {' or '.join(ways) or 'lower both'}")
+            advice = " or ".join(ways) or "lower both"
+            raise InputError(f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets, "
+                             f"but {name} {list(weight.shape)} has {side}: {advice}")
     require(config.groups <= len(targets), f"--groups {config.groups}: there are only {len(targets)} targets")
 
 
