@@ -238,7 +238,8 @@ class TinyLoRA(nn.Module):
         return torch.einsum("u,urs->rs", self.v[self.group], self.P) @ self.Vt
 
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., tokens, in] -> the update's output [..., tokens, out], added in place to `out` if given."""
+        """x [..., tokens, in] -> the update's output [..., tokens, out], added to `out` if given (in place where
+        there is no gradient)."""
         down = self.folded
         if torch.is_grad_enabled():
             down = self.down().to(x.dtype)
@@ -248,7 +249,8 @@ class TinyLoRA(nn.Module):
         low = F.linear(x, down)  # [..., r]
         if out is None:
             return F.linear(low, self.up)
-        return out.flatten(0, -2).addmm_(low.flatten(0, -2), self.up.T).view_as(out)
+        add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
+        return add(out.flatten(0, -2), low.flatten(0, -2), self.up.T).view_as(out)
 
     def delta(self) -> torch.Tensor:
         """The update as a matrix, fp32 [out, in]."""
@@ -625,7 +627,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
 
 
 def growing_cache(model: nn.Module) -> Any:
-    """A key-value cache with room for 128 more tokens: transformers' own copies itself whole for each one."""
+    """A key-value cache with room for more tokens: transformers' own copies itself whole for each one."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
@@ -640,20 +642,25 @@ def growing_cache(model: nn.Module) -> Any:
             if start == 0:
                 return super().update(keys, values)
             if self.length > self.keys.shape[2]:
-                room = max(128, keys.shape[2])
+                room = max(8, keys.shape[2], start // 8)
                 self.keys, self.values = (F.pad(x, (0, 0, 0, room)) for x in (self.keys, self.values))
             self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = keys, values
             return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+        def batch_select_indices(self, rows: torch.Tensor) -> None:  # without the room
+            cut = (x[:, :, :self.length] for x in (self.keys, self.values))
+            self.keys, self.values = (x.index_select(0, rows) for x in cut)
 
     cache = DynamicCache(config=model.config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
            stops: list[int], uniforms: torch.Tensor | None, bar: Any) -> list[tuple[list[int], list[float]]]:
-    """One batch: encode each prompt, repeat its cache n times, go token by token; finished rows leave."""
+    """One batch, token by token. A row of it is a text, which completions of a prompt share while they are
+    equal: so a prompt is encoded once, a row splits where its completions part, and leaves when they end."""
     device, width = model.device, max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
     padding = torch.tensor([[width - len(p)] for p in prompts], device=device)
@@ -662,30 +669,34 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     cache = growing_cache(model)
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=position, **options).logits
-    logits = logits[:, -1].repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)
-    mask, position = mask.repeat_interleave(n, 0), position[:, -1:].repeat_interleave(n, 0)
-    alive = torch.arange(len(mask), device=device)  # which completion each row of the batch is
+    logits, position = logits[:, -1], position[:, -1:]  # [rows, vocabulary], [rows, 1]
+    alive = torch.arange(len(prompts) * n, device=device)  # the completions that go on, by their rows
+    row = alive // n
     tokens = torch.full((len(alive), max_new_tokens), stops[0] if stops else 0, device=device)
     logprobs = torch.zeros(len(alive), max_new_tokens, device=device)
     stops = torch.tensor(stops, dtype=torch.long, device=device)
     done = torch.zeros_like(alive, dtype=torch.bool)
     look = 8 if device.type == "cuda" else 1  # steps between looks at `done`, for which the host waits
     for step in range(max_new_tokens):
+        shared = len(logits) < len(alive)
         draw = uniforms[alive, step] if temperature else None
-        token, logprob = sample(logits, temperature, draw)
+        token, logprob = sample(logits[row] if shared else logits, temperature, draw)
         tokens[alive, step], logprobs[alive, step] = token, logprob
         done |= torch.isin(token, stops)
         if step + 1 == max_new_tokens:
             break
         # Leaving copies the cache, so an eighth waits for each other; what they add meanwhile is cut below.
-        if (step + 1) % look == 0 and done.sum() >= max(1, len(alive) / 8):
-            keep = (~done).nonzero().squeeze(-1)
-            bar.update(len(alive) - len(keep))
-            alive, mask, position, token, done = (x[keep] for x in (alive, mask, position, token, done))
+        if shared or (step + 1) % look == 0 and done.sum() >= max(1, len(alive) / 8):
+            bar.update(int(done.sum()))
+            alive, row, token, done = (x[~done] for x in (alive, row, token, done))
             if not len(alive):
                 break
-            cache.batch_select_indices(keep)
+            texts, row = (row * logits.shape[1] + token).unique(return_inverse=True)
+            row, order = row.sort()
+            alive, parent, token = alive[order], texts // logits.shape[1], texts % logits.shape[1]
+            if not torch.equal(parent, torch.arange(len(logits), device=device)):
+                cache.batch_select_indices(parent)
+                mask, position = mask[parent], position[parent]
         position = position + 1
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :width + step + 1],
                        position_ids=position, **options).logits[:, -1]
@@ -704,6 +715,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
 # What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is sampled from
 # the current weights and used for one step, so the ratio is 1 and a clip never acts (`logprob_gap` in the
 # record measures it); nothing ties the policy to a reference, as v starts from 0 and a round is short.
+# The completions of a prompt form a tree, in which each beginning stands once. The training pass runs over
+# trees: the same gradient from fewer tokens, as the A_i of all completions that share a token are added up.
 
 
 def token_logprobs(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor,
@@ -713,23 +726,72 @@ def token_logprobs(head: nn.Module, states: torch.Tensor, tokens: torch.Tensor,
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def completion_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]],
-                        temperature: float = 1.0, chunk: int = 256) -> torch.Tensor:
-    """log pi of every completion token in rows of (prompt tokens, completion tokens), fp32 [tokens].
+class Tree(NamedTuple):
+    """A prompt and completions of it as one sequence: what they have in common is there once, depth first."""
 
-    The head sees completion positions alone, `chunk` at a time, and again in the backward pass: the logits of
-    a whole batch (8 x 1,024 x 151,936 in fp32: 4.6 GiB, several times over) never exist. Rows are padded on
-    the right, where a causal model needs no mask. """
-    width = max(len(p) + len(c) for p, c in rows)
-    ids = torch.tensor([p + c + [0] * (width - len(p) - len(c)) for p, c in rows], device=model.device)
-    predicts = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (p, c) in enumerate(rows):
-        predicts[row, len(p) - 1:len(p) + len(c) - 1] = True  # the position before a token predicts it
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts.to(model.device)]
-    tokens = torch.tensor([token for _, c in rows for token in c], device=model.device)
-    head = model.get_output_embeddings()
+    tokens: list[int]
+    last: list[int]  # of each token, the last one below it: position i sees j where j <= i <= last[j]
+    predicts: list[int]  # of each token after the prompt, the position that predicts it: the one above it
+    paths: dict[int, list[int]]  # completion -> its tokens, as indices into `predicts`
+
+
+def token_trees(prompt: list[int], completions: Sequence[list[int]], limit: int = 0) -> list[Tree]:
+    """A prompt's completions as trees of at most `limit` tokens, or of one completion (and its equals) where
+    that has more. Completions that begin alike come to lie in one tree."""
+    trees, before, below = [], None, {}
+    for i in sorted(range(len(completions)), key=completions.__getitem__):  # depth first
+        completion = completions[i]
+        if not trees or completion != before and len(trees[-1].tokens) + len(completion) > limit:
+            trees.append(Tree(list(prompt), [0] * len(prompt), [], {}))
+            below = {}  # (position, token) -> the position of that token below it
+        (tokens, last, predicts, paths), before = trees[-1], completion
+        position, paths[i] = len(prompt) - 1, []
+        for token in completion:
+            child = below.setdefault((position, token), len(tokens))
+            if child == len(tokens):
+                tokens.append(token)
+                last.append(child)
+                predicts.append(position)
+            position = child
+            paths[i].append(position - len(prompt))
+        for k in (*range(-len(prompt), 0), *paths[i]):
+            last[len(prompt) + k] = position
+    return trees
+
+
+def completion_logprobs(model: nn.Module, trees: Sequence[Tree], temperature: float = 1.0,
+                        logits: int = 2**25) -> torch.Tensor:
+    """log pi of every completion token, in the order of the trees' `predicts`, fp32 [tokens].
+
+    The head sees completion positions alone, for `logits` at a time, and again in the backward pass: those of
+    a whole batch (8 x 1,024 x 151,936 in fp32: 4.6 GiB, several times over) never exist. Trees are padded on
+    the right, and without branches need no mask. """
+    device, width = model.device, max(len(t.tokens) for t in trees)
+    ids = torch.tensor([t.tokens + [0] * (width - len(t.tokens)) for t in trees], device=device)
+    options = {}
+    if any(min(t.last) < len(t.tokens) - 1 for t in trees):
+        last = torch.tensor([t.last + [width] * (width - len(t.tokens)) for t in trees], device=device)
+        i = torch.arange(width, device=device)
+        sees = (i <= i[:, None]) & (i[:, None] <= last[:, None])  # [trees, position, position]
+        mask = torch.zeros(sees.shape, dtype=model.dtype, device=device)
+        options = {"attention_mask": mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)[:, None],
+                   "position_ids": sees.sum(-1) - 1}
+    states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state.flatten(0, 1)
+    predicts = [row * width + i for row, t in enumerate(trees) for i in t.predicts]
+    tokens = [token for t in trees for token in t.tokens[len(t.tokens) - len(t.predicts):]]
+    states, tokens = states[torch.tensor(predicts, device=device)], torch.tensor(tokens, device=device)
+    head, chunk = model.get_output_embeddings(), max(1, logits // model.config.get_text_config().vocab_size)
     return torch.cat([checkpoint(token_logprobs, head, s, t, temperature, use_reentrant=False)
                       for s, t in zip(states.split(chunk), tokens.split(chunk), strict=True)])
+
+
+def tree_limit(model: nn.Module, budget: int) -> int:
+    """Tokens in a tree: 2,048, as attention costs their square, and no more than a backward pass holds. 0, a
+    tree for each completion, where attention takes no mask of ours: flash attention, sliding windows."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    plain = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+    return min(2048, budget) if plain and config._attn_implementation in ("sdpa", "eager") else 0
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> torch.Tensor:
@@ -766,6 +828,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     prompt_tokens = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     n, size = config.group_size, min(config.prompts, len(prompts))
+    limit = tree_limit(model, config.micro_batch_tokens)
     shuffle, queue = generator(seed, "order", round), []
     steps = completed = flat = trained = 0
     reward_sum = gap_sum = 0.0
@@ -783,31 +846,35 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
                 "reward must return a finite number for each completion")
         advantages = group_advantages(rewards, n)
         completed, reward_sum = completed + len(rewards), reward_sum + sum(rewards)
-        flat += int((advantages == 0).all(1).sum())
-        kept = (advantages != 0).any(1).repeat_interleave(n).tolist()
-        total = sum(len(c.tokens) for c, keep in zip(done, kept, strict=True) if keep)  # end tokens included
-        # The gradient is linear in A: equal completions of a prompt train as one row, with their A added up.
-        advantage_of, sampled = {}, {}
-        for i, c, a in zip(owners, done, advantages.flatten().tolist(), strict=True):
-            key = i, tuple(c.tokens)
-            advantage_of[key], sampled[key] = advantage_of.get(key, 0.0) + a, c.logprobs
-        rows = [(prompt_tokens[i], list(y), sampled[i, y], a) for (i, y), a in advantage_of.items() if a]
+        total, trees = 0, []  # trees: each with A, and log pi as sampled, of its completion tokens
+        for g, i in enumerate(chosen):
+            group, A = done[g * n:(g + 1) * n], advantages[g].tolist()
+            if not any(A):
+                flat += 1
+                continue
+            total += sum(len(c.tokens) for c in group)  # end tokens included
+            for tree in token_trees(prompt_tokens[i], [c.tokens for c in group], limit):
+                advantage, sampled = [0.0] * len(tree.predicts), [0.0] * len(tree.predicts)
+                for j, path in tree.paths.items():
+                    for k, logprob in zip(path, group[j].logprobs, strict=True):
+                        advantage[k], sampled[k] = advantage[k] + A[j], logprob
+                trees.append((tree, advantage, sampled))
         seconds["generate"] += time.perf_counter() - start
-        if not rows:
+        if not trees:
             continue
         start = time.perf_counter()
-        mine = rows[process()::processes()]
+        mine = trees[process()::processes()]
         optimizer.zero_grad()
         gap = 0.0
         with without_dropout(model, config.recompute):
-            for batch in micro_batches([len(p) + len(c) for p, c, _, _ in mine], config.micro_batch_tokens):
+            for batch in micro_batches([len(t.tokens) for t, _, _ in mine], config.micro_batch_tokens):
                 part = [mine[i] for i in batch]
-                logprobs = completion_logprobs(model, [(p, c) for p, c, _, _ in part], config.temperature)
-                old = logprobs.new_tensor([q for _, _, qs, _ in part for q in qs])
-                advantage = logprobs.new_tensor([a for _, y, _, a in part for _ in y])
+                logprobs = completion_logprobs(model, [t for t, _, _ in part], config.temperature)
+                advantage = logprobs.new_tensor([a for _, As, _ in part for a in As])
+                old = logprobs.new_tensor([q for _, _, qs in part for q in qs])
                 (-(advantage * logprobs).sum()).backward()
                 gap += float((logprobs.detach() - old).abs().sum())
-        tokens = sum(len(c) for _, c, _, _ in mine)
+        tokens = sum(len(t.predicts) for t, _, _ in mine)
         # One nat a token is no rounding. A gap that is NaN passes: `descend` names it.
         require(not gap >= max(tokens, 1), f"{type(model).__name__} changes its logits after the head "
                 "(soft-capping, scaling): training would see another policy than sampling")
@@ -1251,7 +1318,8 @@ class RunConfig:
 
 
 def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], demo: dict[str, Any]) -> tuple:
-    """The flags, as one instance of each dataclass. --demo changes defaults, not what the user says."""
+    """The flags, as one instance of each dataclass. --demo changes defaults, not what the user says, and uses
+    one CPU thread."""
     from transformers import HfArgumentParser
     from transformers.utils.logging import disable_progress_bar
 
@@ -1263,6 +1331,8 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False)
     given, _ = parser.parse_known_args([flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])
     parser.set_defaults(**{**defaults, **(demo if given.demo else {})})
+    if given.demo:
+        torch.set_num_threads(1)  # a toy's matrices are too small to share, and bits would follow the cores
     *configs, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True,
                                                            look_for_args_file=False)
     flags = [f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind)]

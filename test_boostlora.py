@@ -65,6 +65,8 @@ from boostlora import (
     grpo,
     micro_batches,
     svd_basis,
+    token_trees,
+    tree_limit,
 )
 from train_code import (
     CodeTask,
@@ -624,12 +626,68 @@ def test_a_grpo_round_moves_v_alone(talker, make, dtype):
 
 def test_the_logits_of_a_batch_never_exist(talker):
     model, _ = talker
-    rows, heights = [([5, 6, 7], [8] * 20)] * 40, []
+    trees, heights = token_trees([5, 6, 7], [[8] * 20], 0) * 40, []
     model.get_output_embeddings().register_forward_hook(lambda m, x, out: heights.append(out.shape[0]))
-    whole = completion_logprobs(model, rows, chunk=10**6)
+    whole = completion_logprobs(model, trees)
+    assert heights == [800]
     heights.clear()
-    assert torch.allclose(completion_logprobs(model, rows, chunk=64), whole, atol=1e-6)
+    parts = completion_logprobs(model, trees, logits=64 * model.config.vocab_size)
+    assert torch.allclose(parts, whole, atol=1e-6)
     assert max(heights) == 64 and sum(heights) == 800
+
+
+COMPLETIONS = [[8, 9, 3], [8, 9, 3, 4, 4], [7], [8, 5, 3], [8, 9, 3], [7, 7, 7, 9]]
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(0, [4, 6, 6, 7, 8]), (9, [7, 8, 8]), (100, [14])])
+def test_a_tree_holds_each_beginning_once(limit, sizes):
+    prompt = [5, 6, 2]
+    trees = token_trees(prompt, COMPLETIONS, limit)
+    assert sorted(i for t in trees for i in t.paths) == list(range(6))  # each completion once
+    assert sorted(len(t.tokens) for t in trees) == sorted(sizes)
+    for tree in trees:
+        for i, path in tree.paths.items():
+            positions = [len(prompt) + k for k in path]
+            assert prompt + COMPLETIONS[i] == [tree.tokens[k] for k in (0, 1, 2, *positions)]
+            assert [tree.predicts[k] for k in path] == [2, *positions[:-1]]
+            for position in positions:  # it sees what stands before it in its own completion, and no more
+                sees = [j for j in range(position + 1) if position <= tree.last[j]]
+                assert sees == [0, 1, 2, *(k for k in positions if k <= position)]
+
+
+@pytest.mark.parametrize(("make", "dtype"), [(qwen, torch.float32), (llama, torch.float32),
+                                             (qwen, torch.bfloat16)])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_tree_gives_each_completion_its_own_logprobs(make, dtype, attention):
+    model = make(dtype)
+    model.set_attn_implementation(attention)
+    trees = token_trees([5, 6, 2], COMPLETIONS, 100) + token_trees([4], COMPLETIONS[:2], 100)
+    found = completion_logprobs(model, trees, 0.7).split([len(t.predicts) for t in trees])
+    for tree, logprobs, prompt in zip(trees, found, ([5, 6, 2], [4]), strict=True):
+        for i, path in tree.paths.items():
+            logits = model(torch.tensor([prompt + COMPLETIONS[i]])).logits[0, len(prompt) - 1:-1].float()
+            alone = (logits / 0.7).log_softmax(-1)[range(len(path)), COMPLETIONS[i]]
+            assert torch.allclose(logprobs[path], alone, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_attention_that_takes_no_mask_gets_no_trees():
+    model = qwen()
+    assert tree_limit(model, 10**6) == 2048 and tree_limit(model, 500) == 500
+    model.config._attn_implementation = "flash_attention_2"
+    assert tree_limit(model, 10**6) == 0
+    model = qwen(use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    assert tree_limit(model, 10**6) == 0
+
+
+def test_completions_share_a_row_until_they_part(talker):
+    model, tokenizer = talker
+    rows = []
+    model.register_forward_pre_hook(lambda m, x, k: rows.append(len(k["input_ids"])), with_kwargs=True)
+    done = generate(model, tokenizer, QUESTIONS[:2], 8, 1.0, max_new_tokens=6, seed=1)
+    for step, count in enumerate(rows):  # a row for every text that goes on
+        texts = {(i // 8, *c.tokens[:step]) for i, c in enumerate(done) if len(c.tokens) > step}
+        assert count == len(texts)
+    assert rows[0] == 2 and max(rows) > 2
 
 
 def test_a_gradient_that_is_not_finite_stops_the_round(talker):

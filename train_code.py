@@ -83,6 +83,7 @@ from boostlora import (
     say,
     setting,
     subset,
+    token_trees,
 )
 
 MBPP, HUMANEVAL = "google-research-datasets/mbpp:full", "openai/openai_humaneval"
@@ -1000,7 +1001,8 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400, batch_size:
         rows = [exercise(numbers, long=numbers.random() < 0.4, noisy=True) for _ in range(batch_size)]
         prompts = tokenizer(chat(tokenizer, [text for text, _ in rows]))["input_ids"]
         answers = [ids + [1] for ids in tokenizer([code for _, code in rows])["input_ids"]]
-        logprobs = completion_logprobs(model, list(zip(prompts, answers)), chunk=1 << 20)
+        trees = [token_trees(prompt, [answer])[0] for prompt, answer in zip(prompts, answers)]
+        logprobs = completion_logprobs(model, trees)
         optimizer.zero_grad()
         (-logprobs.mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

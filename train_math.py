@@ -51,6 +51,7 @@ from boostlora import (
     run_folder,
     say,
     subset,
+    token_trees,
 )
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -309,6 +310,7 @@ def fold(text: str) -> str:
     return "".join(text.split())
 
 
+@lru_cache(maxsize=4096)  # the completions of a prompt often end in the same answer
 def same(found: str, gold: str) -> bool:
     """Whether two cleaned answers are equal: parts one by one, in any order for lists, sets and unions."""
     if "≈" in found:
@@ -539,7 +541,8 @@ def make_demo(folder: Path, boosting: BoostConfig, wrongly: list[str], steps: in
         rows = [story(stories, wrongly) for _ in range(batch_size)]
         questions = tokenizer([row["question"] for row in rows])["input_ids"]
         answers = [ids + [1] for ids in tokenizer([row["answer"] for row in rows])["input_ids"]]
-        logprobs = completion_logprobs(model, list(zip(questions, answers)), chunk=1 << 20)
+        trees = [token_trees(prompt, [answer])[0] for prompt, answer in zip(questions, answers)]
+        logprobs = completion_logprobs(model, trees)
         optimizer.zero_grad()
         (-logprobs.mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
