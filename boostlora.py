@@ -36,6 +36,7 @@ import dataclasses
 import difflib
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -238,8 +239,8 @@ class TinyLoRA(nn.Module):
         return torch.einsum("u,urs->rs", self.v[self.group], self.P) @ self.Vt
 
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., tokens, in] -> the update's output [..., tokens, out], added to `out` if given (in place where
-        there is no gradient)."""
+        """x [..., tokens, in] -> the update's output [..., tokens, out], added to `out` if given (in place
+        where there is no gradient)."""
         down = self.folded
         if torch.is_grad_enabled():
             down = self.down().to(x.dtype)
@@ -648,8 +649,9 @@ def growing_cache(model: nn.Module) -> Any:
             return self.keys[:, :, :self.length], self.values[:, :, :self.length]
 
         def batch_select_indices(self, rows: torch.Tensor) -> None:  # without the room
-            cut = (x[:, :, :self.length] for x in (self.keys, self.values))
-            self.keys, self.values = (x.index_select(0, rows) for x in cut)
+            if self.length:
+                cut = (x[:, :, :self.length] for x in (self.keys, self.values))
+                self.keys, self.values = (x.index_select(0, rows) for x in cut)
 
     cache = DynamicCache(config=model.config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -670,8 +672,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=position, **options).logits
     logits, position = logits[:, -1], position[:, -1:]  # [rows, vocabulary], [rows, 1]
-    alive = torch.arange(len(prompts) * n, device=device)  # the completions that go on, by their rows
-    row = alive // n
+    alive = torch.arange(len(prompts) * n, device=device)  # the completions that go on
+    row = alive // n  # row[k]: the row of completion alive[k]; ascending
     tokens = torch.full((len(alive), max_new_tokens), stops[0] if stops else 0, device=device)
     logprobs = torch.zeros(len(alive), max_new_tokens, device=device)
     stops = torch.tensor(stops, dtype=torch.long, device=device)
@@ -685,15 +687,19 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
         done |= torch.isin(token, stops)
         if step + 1 == max_new_tokens:
             break
-        # Leaving copies the cache, so an eighth waits for each other; what they add meanwhile is cut below.
+        # Leaving copies the cache. So, once no row is shared, an eighth waits for each other; what these add
+        # meanwhile is cut below.
         if shared or (step + 1) % look == 0 and done.sum() >= max(1, len(alive) / 8):
-            bar.update(int(done.sum()))
-            alive, row, token, done = (x[~done] for x in (alive, row, token, done))
+            keep = (~done).nonzero().squeeze(-1)
+            bar.update(len(alive) - len(keep))
+            alive, row, token, done = (x[keep] for x in (alive, row, token, done))
             if not len(alive):
                 break
-            texts, row = (row * logits.shape[1] + token).unique(return_inverse=True)
+            vocabulary = logits.shape[1]  # a text is its row of before, `parent`, and its token
+            texts, row = (row * vocabulary + token).unique(return_inverse=True)
+            parent, token = texts // vocabulary, texts % vocabulary
             row, order = row.sort()
-            alive, parent, token = alive[order], texts // logits.shape[1], texts % logits.shape[1]
+            alive = alive[order]
             if not torch.equal(parent, torch.arange(len(logits), device=device)):
                 cache.batch_select_indices(parent)
                 mask, position = mask[parent], position[parent]
@@ -731,67 +737,73 @@ class Tree(NamedTuple):
 
     tokens: list[int]
     last: list[int]  # of each token, the last one below it: position i sees j where j <= i <= last[j]
-    predicts: list[int]  # of each token after the prompt, the position that predicts it: the one above it
-    paths: dict[int, list[int]]  # completion -> its tokens, as indices into `predicts`
+    above: list[int]  # of each token after the prompt, the position that it follows, and that predicts it
+    paths: dict[int, list[int]]  # completion -> its tokens, as indices into `above`
 
 
 def token_trees(prompt: list[int], completions: Sequence[list[int]], limit: int = 0) -> list[Tree]:
     """A prompt's completions as trees of at most `limit` tokens, or of one completion (and its equals) where
-    that has more. Completions that begin alike come to lie in one tree."""
+    that has more."""
     trees, before, below = [], None, {}
-    for i in sorted(range(len(completions)), key=completions.__getitem__):  # depth first
+    # In this order those that begin alike are neighbours, and a beginning precedes what continues it.
+    for i in sorted(range(len(completions)), key=completions.__getitem__):
         completion = completions[i]
         if not trees or completion != before and len(trees[-1].tokens) + len(completion) > limit:
             trees.append(Tree(list(prompt), [0] * len(prompt), [], {}))
             below = {}  # (position, token) -> the position of that token below it
-        (tokens, last, predicts, paths), before = trees[-1], completion
-        position, paths[i] = len(prompt) - 1, []
+        (tokens, last, above, paths), before = trees[-1], completion
+        path = list(range(len(prompt)))  # positions, from the root down
         for token in completion:
-            child = below.setdefault((position, token), len(tokens))
-            if child == len(tokens):
+            position = below.setdefault((path[-1], token), len(tokens))
+            if position == len(tokens):  # a new one
                 tokens.append(token)
-                last.append(child)
-                predicts.append(position)
-            position = child
-            paths[i].append(position - len(prompt))
-        for k in (*range(-len(prompt), 0), *paths[i]):
-            last[len(prompt) + k] = position
+                last.append(position)
+                above.append(path[-1])
+            path.append(position)
+        for position in path:
+            last[position] = path[-1]
+        paths[i] = [position - len(prompt) for position in path[len(prompt):]]
     return trees
 
 
 def completion_logprobs(model: nn.Module, trees: Sequence[Tree], temperature: float = 1.0,
-                        logits: int = 2**25) -> torch.Tensor:
-    """log pi of every completion token, in the order of the trees' `predicts`, fp32 [tokens].
+                        max_logits: int = 2**25) -> torch.Tensor:
+    """log pi of every completion token, in the order of the trees' `above`, fp32 [tokens].
 
-    The head sees completion positions alone, for `logits` at a time, and again in the backward pass: those of
-    a whole batch (8 x 1,024 x 151,936 in fp32: 4.6 GiB, several times over) never exist. Trees are padded on
-    the right, and without branches need no mask. """
+    The head sees completion positions alone, for at most `max_logits` numbers at a time, and again in the
+    backward pass: the logits of a batch (8 x 1,024 x 151,936 in fp32: 4.6 GiB, several times over) never
+    exist. Trees are padded on the right; without branches they need no mask. """
     device, width = model.device, max(len(t.tokens) for t in trees)
     ids = torch.tensor([t.tokens + [0] * (width - len(t.tokens)) for t in trees], device=device)
     options = {}
     if any(min(t.last) < len(t.tokens) - 1 for t in trees):
-        last = torch.tensor([t.last + [width] * (width - len(t.tokens)) for t in trees], device=device)
+        # Padding sees itself alone, at position 0: others may be outside the model's context.
+        last = torch.tensor([t.last + list(range(len(t.tokens), width)) for t in trees], device=device)
         i = torch.arange(width, device=device)
         sees = (i <= i[:, None]) & (i[:, None] <= last[:, None])  # [trees, position, position]
         mask = torch.zeros(sees.shape, dtype=model.dtype, device=device)
         options = {"attention_mask": mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)[:, None],
                    "position_ids": sees.sum(-1) - 1}
     states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state.flatten(0, 1)
-    predicts = [row * width + i for row, t in enumerate(trees) for i in t.predicts]
-    tokens = [token for t in trees for token in t.tokens[len(t.tokens) - len(t.predicts):]]
-    states, tokens = states[torch.tensor(predicts, device=device)], torch.tensor(tokens, device=device)
-    head, chunk = model.get_output_embeddings(), max(1, logits // model.config.get_text_config().vocab_size)
+    above = [row * width + i for row, t in enumerate(trees) for i in t.above]
+    tokens = [token for t in trees for token in t.tokens[len(t.tokens) - len(t.above):]]
+    states, tokens = states[torch.tensor(above, device=device)], torch.tensor(tokens, device=device)
+    head = model.get_output_embeddings()
+    chunk = max(1, max_logits // model.config.get_text_config().vocab_size)
     return torch.cat([checkpoint(token_logprobs, head, s, t, temperature, use_reentrant=False)
                       for s, t in zip(states.split(chunk), tokens.split(chunk), strict=True)])
 
 
 def tree_limit(model: nn.Module, budget: int) -> int:
     """Tokens in a tree: 2,048, as attention costs their square, and no more than a backward pass holds. 0, a
-    tree for each completion, where attention takes no mask of ours: flash attention, sliding windows."""
+    tree for each completion, where our mask and positions are refused, or would replace its own: flash
+    attention, sliding windows, ALiBi."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    plain = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
-    return min(2048, budget) if plain and config._attn_implementation in ("sdpa", "eager") else 0
+    ours = config._attn_implementation in ("sdpa", "eager")
+    ours &= "position_ids" in inspect.signature(model.base_model.forward).parameters
+    ours &= set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    ours &= not any(getattr(config, name, None) for name in ("sliding_window", "window_size", "alibi"))
+    return min(2048, budget) if ours else 0
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> torch.Tensor:
@@ -854,11 +866,12 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
                 continue
             total += sum(len(c.tokens) for c in group)  # end tokens included
             for tree in token_trees(prompt_tokens[i], [c.tokens for c in group], limit):
-                advantage, sampled = [0.0] * len(tree.predicts), [0.0] * len(tree.predicts)
+                advantage, sampled = [0.0] * len(tree.above), [0.0] * len(tree.above)
                 for j, path in tree.paths.items():
                     for k, logprob in zip(path, group[j].logprobs, strict=True):
                         advantage[k], sampled[k] = advantage[k] + A[j], logprob
-                trees.append((tree, advantage, sampled))
+                if any(advantage):
+                    trees.append((tree, advantage, sampled))
         seconds["generate"] += time.perf_counter() - start
         if not trees:
             continue
@@ -874,7 +887,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
                 old = logprobs.new_tensor([q for _, _, qs in part for q in qs])
                 (-(advantage * logprobs).sum()).backward()
                 gap += float((logprobs.detach() - old).abs().sum())
-        tokens = sum(len(t.predicts) for t, _, _ in mine)
+        tokens = sum(len(t.above) for t, _, _ in mine)
         # One nat a token is no rounding. A gap that is NaN passes: `descend` names it.
         require(not gap >= max(tokens, 1), f"{type(model).__name__} changes its logits after the head "
                 "(soft-capping, scaling): training would see another policy than sampling")
