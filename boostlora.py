@@ -247,11 +247,10 @@ class TinyLoRA(nn.Module):
         elif self.folded_version != self.v._version:  # sampling runs many forwards with one v: fold it once
             down = self.folded = self.down().to(x.dtype)
             self.folded_version = self.v._version
-        low = F.linear(x, down)  # [..., r]
         if out is None:
-            return F.linear(low, self.up)
+            return F.linear(F.linear(x, down), self.up)
         add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
-        return add(out.flatten(0, -2), low.flatten(0, -2), self.up.T).view_as(out)
+        return add(out.flatten(0, -2), x.flatten(0, -2) @ down.T, self.up.T).view_as(out)
 
     def delta(self) -> torch.Tensor:
         """The update as a matrix, fp32 [out, in]."""
@@ -658,6 +657,21 @@ def growing_cache(model: nn.Module) -> Any:
     return cache
 
 
+def takes_masks(model: nn.Module) -> bool:
+    """Whether the model uses a 4-D mask and positions of ours as they are. Flash attention refuses them; sliding
+    windows and ALiBi would be lost."""
+    config = model.config.get_text_config()
+    return (config._attn_implementation in ("sdpa", "eager")
+            and "position_ids" in inspect.signature(model.base_model.forward).parameters
+            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+            and not any(getattr(config, name, None) for name in ("sliding_window", "window_size", "alibi")))
+
+
+def additive(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask to add to attention's scores: 0 where a position sees another one, elsewhere the least number."""
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
 @torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
            stops: list[int], uniforms: torch.Tensor | None, bar: Any) -> list[tuple[list[int], list[float]]]:
@@ -672,6 +686,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
     logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=position, **options).logits
     logits, position = logits[:, -1], position[:, -1:]  # [rows, vocabulary], [rows, 1]
+    if takes_masks(model):  # else transformers makes a 4-D mask of the 2-D one at every step
+        mask = additive(mask.bool(), model.dtype)[:, None, None]
     alive = torch.arange(len(prompts) * n, device=device)  # the completions that go on
     row = alive // n  # row[k]: the row of completion alive[k]; ascending
     tokens = torch.full((len(alive), max_new_tokens), stops[0] if stops else 0, device=device)
@@ -704,7 +720,7 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
                 cache.batch_select_indices(parent)
                 mask, position = mask[parent], position[parent]
         position = position + 1
-        logits = model(input_ids=token[:, None], attention_mask=mask[:, :width + step + 1],
+        logits = model(input_ids=token[:, None], attention_mask=mask[..., :width + step + 1],
                        position_ids=position, **options).logits[:, -1]
     bar.update(len(alive))
     if not logprobs.isfinite().all():
@@ -781,9 +797,7 @@ def completion_logprobs(model: nn.Module, trees: Sequence[Tree], temperature: fl
         last = torch.tensor([t.last + list(range(len(t.tokens), width)) for t in trees], device=device)
         i = torch.arange(width, device=device)
         sees = (i <= i[:, None]) & (i[:, None] <= last[:, None])  # [trees, position, position]
-        mask = torch.zeros(sees.shape, dtype=model.dtype, device=device)
-        options = {"attention_mask": mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)[:, None],
-                   "position_ids": sees.sum(-1) - 1}
+        options = {"attention_mask": additive(sees, model.dtype)[:, None], "position_ids": sees.sum(-1) - 1}
     states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state.flatten(0, 1)
     above = [row * width + i for row, t in enumerate(trees) for i in t.above]
     tokens = [token for t in trees for token in t.tokens[len(t.tokens) - len(t.above):]]
@@ -792,18 +806,6 @@ def completion_logprobs(model: nn.Module, trees: Sequence[Tree], temperature: fl
     chunk = max(1, max_logits // model.config.get_text_config().vocab_size)
     return torch.cat([checkpoint(token_logprobs, head, s, t, temperature, use_reentrant=False)
                       for s, t in zip(states.split(chunk), tokens.split(chunk), strict=True)])
-
-
-def tree_limit(model: nn.Module, budget: int) -> int:
-    """Tokens in a tree: 2,048, as attention costs their square, and no more than a backward pass holds. 0, a
-    tree for each completion, where our mask and positions are refused, or would replace its own: flash
-    attention, sliding windows, ALiBi."""
-    config = model.config.get_text_config()
-    ours = config._attn_implementation in ("sdpa", "eager")
-    ours &= "position_ids" in inspect.signature(model.base_model.forward).parameters
-    ours &= set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    ours &= not any(getattr(config, name, None) for name in ("sliding_window", "window_size", "alibi"))
-    return min(2048, budget) if ours else 0
 
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> torch.Tensor:
@@ -840,7 +842,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
     optimizer = torch.optim.Adam(parameters, lr=config.lr)
     prompt_tokens = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     n, size = config.group_size, min(config.prompts, len(prompts))
-    limit = tree_limit(model, config.micro_batch_tokens)
+    # Attention costs the square of a tree's tokens, so 2,048; 0: each completion is a tree of its own.
+    limit = min(2048, config.micro_batch_tokens) if takes_masks(model) else 0
     shuffle, queue = generator(seed, "order", round), []
     steps = completed = flat = trained = 0
     reward_sum = gap_sum = 0.0

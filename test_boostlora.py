@@ -71,8 +71,8 @@ from boostlora import (
     grpo,
     micro_batches,
     svd_basis,
+    takes_masks,
     token_trees,
-    tree_limit,
 )
 from train_code import (
     CodeTask,
@@ -679,18 +679,18 @@ def test_a_tree_gives_each_completion_its_own_logprobs(make, dtype, attention):
             assert torch.allclose(logprobs[path], alone, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
-def test_attention_that_takes_no_mask_gets_no_trees():
+def test_which_models_take_our_masks():
     model = qwen()
-    assert tree_limit(model, 10**6) == 2048 and tree_limit(model, 500) == 500
+    assert takes_masks(model) and takes_masks(llama())
     model.config._attn_implementation = "flash_attention_2"
-    assert tree_limit(model, 10**6) == 0
-    assert tree_limit(qwen(use_sliding_window=True, sliding_window=8, max_window_layers=1), 10**6) == 0
+    assert not takes_masks(model)
+    assert not takes_masks(qwen(use_sliding_window=True, sliding_window=8, max_window_layers=1))
     sizes = {"vocab_size": 31, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
-    assert tree_limit(FalconForCausalLM(FalconConfig(**sizes, alibi=True)), 10**6) == 0
-    assert tree_limit(BloomForCausalLM(BloomConfig(**sizes)), 10**6) == 0
+    assert not takes_masks(FalconForCausalLM(FalconConfig(**sizes, alibi=True)))
+    assert not takes_masks(BloomForCausalLM(BloomConfig(**sizes)))
     local = GPTNeoConfig(vocab_size=31, hidden_size=32, num_layers=2, num_heads=4,
                          attention_types=[[["global", "local"], 1]])
-    assert tree_limit(GPTNeoForCausalLM(local), 10**6) == 0
+    assert not takes_masks(GPTNeoForCausalLM(local))
 
 
 def test_padding_stays_inside_the_context():
