@@ -658,8 +658,8 @@ def growing_cache(model: nn.Module) -> Any:
 
 
 def takes_masks(model: nn.Module) -> bool:
-    """Whether the model uses a 4-D mask and positions of ours as they are. Flash attention refuses them; sliding
-    windows and ALiBi would be lost."""
+    """Whether the model uses a 4-D mask and positions of ours as they are. Flash attention refuses them;
+    sliding windows and ALiBi would be lost."""
     config = model.config.get_text_config()
     return (config._attn_implementation in ("sdpa", "eager")
             and "position_ids" in inspect.signature(model.base_model.forward).parameters
@@ -668,8 +668,9 @@ def takes_masks(model: nn.Module) -> bool:
 
 
 def additive(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask to add to attention's scores: 0 where a position sees another one, elsewhere the least number."""
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+    """A mask to add to attention's scores: 0 where a position sees another one, else the least number."""
+    zeros = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return zeros.masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 @torch.inference_mode()
@@ -873,8 +874,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
                 for j, path in tree.paths.items():
                     for k, logprob in zip(path, group[j].logprobs, strict=True):
                         advantage[k], sampled[k] = advantage[k] + A[j], logprob
-                if any(advantage):
-                    trees.append((tree, advantage, sampled))
+                trees.append((tree, advantage, sampled))
         seconds["generate"] += time.perf_counter() - start
         if not trees:
             continue

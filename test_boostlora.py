@@ -579,7 +579,13 @@ def test_the_gradient_is_the_hand_computed_one(talker, recompute, budget, length
     v = booster.attach()
     config = GRPOConfig(steps=1, prompts=4, group_size=6, max_new_tokens=length, recompute=recompute,
                         micro_batch_tokens=budget, max_grad_norm=1e9, temperature=0.8, lr=1e-9)
-    seen = {}
+    seen, sizes = {}, []
+
+    def note_size(module, inputs, options):
+        if not options["use_cache"]:  # a training pass
+            sizes.append(options["input_ids"].numel())
+
+    model.base_model.register_forward_pre_hook(note_size, with_kwargs=True)
 
     def reward(indices, texts):
         seen.update(indices=indices, texts=texts, rewards=parity(indices, texts))
@@ -608,6 +614,7 @@ def test_the_gradient_is_the_hand_computed_one(talker, recompute, budget, length
     assert 1 <= flat == stats["flat_groups"] < 4
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max() and ours.abs().min() > 0
     assert stats["logprob_gap"] < 1e-5 and stats["completions"] == 24 and stats["steps"] == 1
+    assert max(sizes) <= budget
 
 
 def test_no_variance_teaches_nothing_and_says_so(talker):
