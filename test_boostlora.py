@@ -1475,7 +1475,7 @@ def test_a_virtual_environment_does_not_show_the_project(inside, tmp_path):
 @pytest.mark.parametrize("victim", ["trainer", "judge"])
 def test_nothing_outlives_a_killed_trainer_or_judge(namespaces, victim, tmp_path):
     before = processes()
-    lines = f"Sandbox(2, namespaces={namespaces}).run([('import time\\ntime.sleep(99)', '')] * 2)"
+    lines = f"Sandbox(2, namespaces={namespaces}).run([(f'import time\\ntime.sleep({{n}})', '') for n in (98, 99)])"
     command = [sys.executable, "-W", "ignore", "-c", f"from train_code import Sandbox; {lines}"]
     trainer = subprocess.Popen(command, cwd=HERE, env=os.environ | {"TMPDIR": str(tmp_path)})
     end = time.monotonic() + 60
