@@ -4,13 +4,12 @@ The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) wh
 
     U, S, V  <-  leading r T singular triplets of every target W_0 [out, in], computed once         (paper)
     for t = 0 .. T-1:
-        F_t  <-  the training examples that the current model W_t gets wrong                        (paper)
+        F_t  <-  the training examples that the current model W_t gets wrong; stop if none is       (paper)
                  answering greedily; an answer that is not in the asked format is wrong              (ours)
-                 stop when F_t is empty                                                              (ours)
         U_t, S_t, V_t  <-  triplets [t r, (t+1) r): ROTATE; TOP takes [0, r) in every round         (paper)
         R_t  =   sum_i v_{t,i} P_{t,i}  [r, r]   v_t [groups, u]: the only numbers trained          (paper)
-                 P_{t,i} ~ N(0, 1/(u r)), fixed by (seed, t, module)                                 (ours)
-                 v_t = 0 at first; a group is a contiguous block of modules in depth order           (ours)
+                 P_{t,i} ~ N(0, 1/(u r)), fixed by (seed, t, module); v_t = 0 at first               (ours)
+                 a group is a contiguous block of modules in depth order                             (ours)
         train v_t on F_t only, all weights frozen, by                                               (paper)
             GRPO: n completions a prompt, A_i = (r_i - mean) / std inside the group                 (paper)
                   loss = - sum_i A_i log pi(y_i) / tokens, over the groups with variance             (ours)
@@ -22,9 +21,7 @@ The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) wh
                   summed in fp32 from W_0 every round, rounded once to the weight's dtype            (ours)
                   a round that learned nothing, or was taken back, keeps its slice, with v_t = 0     (ours)
     return W_T: an ordinary model; the rank of the sum is r T                                       (paper)
-
-From top to bottom: settings, basis, layer, booster, the loop; generation, GRPO, cross-entropy; then what
-keeps a run alive, and what the scripts share."""
+"""
 from __future__ import annotations
 
 import argparse
@@ -38,10 +35,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
@@ -51,8 +47,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings. Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
+# Settings ---------------------------------------------------------------------------------------------------
+# Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
 
 class InputError(ValueError):
     """A mistake in flags, files or data, told in one sentence that says how to mend it."""
@@ -65,22 +61,20 @@ def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 class Settings:
-    """Refuses what is not among the choices of a Literal, or below the class's `least` values."""
-
+    """Refuses what is not among the choices of a Literal, or a number below `least`, or else below 0."""
     least: ClassVar = {}
 
     def __post_init__(self):
         kinds = get_type_hints(type(self))
         for name in (field.name for field in dataclasses.fields(self)):
-            value, least = getattr(self, name), self.least.get(name)
-            choices = get_args(kinds[name]) or [value]  # of a Literal
-            require(value in choices, f"--{name} {value}: must be one of {', '.join(map(str, choices))}")
-            require(least is None or least <= value < math.inf, f"--{name} {value}: must be at least {least}")
+            value, least, choices = getattr(self, name), self.least.get(name, 0), get_args(kinds[name])
+            require(not choices or value in choices, f"--{name} {value}: must be one of {', '.join(choices)}")
+            require(isinstance(value, str) or least <= value < math.inf,
+                    f"--{name} {value}: must be at least {least}")
 
 @dataclass
 class BoostConfig(Settings):
     """The boosting. With the base model and the vectors v it rebuilds the fine-tuned weights."""
-
     rounds: int = setting(10, "T: boosting rounds (the paper: 20)")
     rank: int = setting(2, "r: singular triplets per round; the sum reaches rank r T (the paper: 2)")
     u: int = setting(1, "numbers per group of modules")
@@ -92,12 +86,11 @@ class BoostConfig(Settings):
     accept: Literal["all", "better"] = setting(
         "all", "better: a round that leaves more failures than before is taken back; all: the paper")
     seed: int = setting(0, "all randomness follows from it and the round")
-    least: ClassVar = {"rounds": 0, "rank": 1, "u": 1, "groups": 0, "replay": -1, "recheck": 0}
+    least: ClassVar = {"rank": 1, "u": 1, "replay": -1}
 
 @dataclass
 class GRPOConfig(Settings):
     """GRPO on fresh completions."""
-
     epochs: float = setting(1.0, "passes over the round's examples: fewer failures, fewer steps")
     prompts: int = setting(16, "prompts per optimiser step; with fewer failures than this, a step takes all")
     group_size: int = setting(8, "completions per prompt: failures are hard, 4 would often all be wrong")
@@ -105,16 +98,13 @@ class GRPOConfig(Settings):
     temperature: float = setting(1.0, "of sampling; 1: the policy itself")
     lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
-    micro_batch_tokens: int = setting(2048, "tokens per backward pass, padding included; less saves memory")
-    cache_tokens: int = setting(0, "key-value cache, in tokens of all rows together; 0: what fits in memory")
-    least: ClassVar = {"epochs": 1e-6, "prompts": 1, "group_size": 2, "max_new_tokens": 1,
-                       "temperature": 1e-6, "lr": 1e-12, "max_grad_norm": 1e-12, "micro_batch_tokens": 1,
-                       "cache_tokens": 0}
+    micro_batch_tokens: int = setting(2048, "tokens of a prompt and completions per backward pass")
+    least: ClassVar = {"epochs": 1e-6, "prompts": 1, "group_size": 2, "max_new_tokens": 1, "lr": 1e-12,
+                       "temperature": 1e-6, "max_grad_norm": 1e-12, "micro_batch_tokens": 1}
 
 @dataclass
 class CEConfig(Settings):
     """Cross-entropy on labelled batches."""
-
     epochs: int = setting(1, "passes over the round's examples: fewer failures, fewer steps")
     batch_tokens: int = setting(8192, "tokens per step, padding included")
     lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
@@ -122,22 +112,22 @@ class CEConfig(Settings):
     line_search: bool = setting(True, "scale v by 1, 1/2 ... or 0: the loss on all training data falls")
     least: ClassVar = {"epochs": 1, "batch_tokens": 1, "lr": 1e-12, "max_grad_norm": 1e-12}
 
+Trained = nn.Parameter | list[nn.Parameter]  # an adapter's v, or all weights
+
 def generator(*key: Any) -> torch.Generator:
     """A CPU generator whose stream depends on `key` alone, such as (seed, "P", round, module)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
-# ------------------------------------------------------------------------------------------------------------
-# Basis: W_0 = U Sigma V^T, of which the leading k = r T triplets are kept.
+# Basis ------------------------------------------------------------------------------------------------------
+# W_0 = U Sigma V^T, of which the leading k = r T triplets are kept.
 
 @torch.no_grad()
-def svd_basis(weight: torch.Tensor, k: int,
-              name: str = "the weight") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def svd_basis(weight: torch.Tensor, k: int, name: str = "the weight") -> tuple[torch.Tensor, ...]:
     """The k leading singular triplets of weight [out, in]: U [out, k], S [k], V [in, k], fp32, on its device.
 
-    They come from the eigenvectors of the smaller Gram matrix, in fp64, as forming it squares the condition
-    (in fp32 the 40th value of a spectrum that decays to 1/100 would be off by 2e-5). Not `torch.svd_lowrank`:
-    it mixes neighbouring triplets, which breaks the slices. The sign is fixed: of each u_i the entry largest
+    They come from the smaller Gram matrix, in fp64, as forming it squares the condition. `torch.svd_lowrank`
+    would mix neighbouring triplets, which breaks the slices. The sign is fixed: of each u_i the entry largest
     in magnitude is positive. Raises InputError where there are no k triplets above 1e-6 S_0."""
     W, shape = weight.detach().double(), list(weight.shape)
     require(W.isfinite().all() and k <= min(shape), f"{name} {shape} is not finite, or has no {k} triplets")
@@ -151,8 +141,8 @@ def svd_basis(weight: torch.Tensor, k: int,
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # [1, k]
     return (U * sign).float(), S.float(), (V * sign).float()
 
-# ------------------------------------------------------------------------------------------------------------
-# TinyLoRA layer: one module's update in one round, dW_t = U_t S_t R_t V_t^T with R_t = sum_i v_{t,i} P_{t,i}.
+# TinyLoRA layer ---------------------------------------------------------------------------------------------
+# One module's update in one round: dW_t = U_t S_t R_t V_t^T with R_t = sum_i v_{t,i} P_{t,i}.
 
 class TinyLoRA(nn.Module):
     """U [out, r], S [r], V [in, r] and P [u, r, r] are fixed, fp32; all modules of a round share
@@ -181,11 +171,11 @@ class TinyLoRA(nn.Module):
         """The update as a matrix, fp32 [out, in]."""
         return self.US @ self.down()
 
-# ------------------------------------------------------------------------------------------------------------
-# Booster: W_T = round(W_0 + sum_t U_t S_t R_t V_t^T), a pure function of W_0 and the list of vectors v_t.
-# Merge, rollback, load, the first k rounds and re-weighted rounds are this function, called with another
-# list. Why not `weight += delta` each round: in bf16, after 20 rounds with |R| = 1e-2, that kept 58 % of the
-# update, this 95 %. Of M modules in depth order, module j reads row floor(j groups / M) of v_t.
+# Booster ----------------------------------------------------------------------------------------------------
+# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T), a pure function of W_0 and the list of vectors v_t. Merge,
+# rollback, load, the first k rounds and re-weighted rounds are this function, called with another list. Why
+# not `weight += delta` each round: in bf16, after 20 rounds with |R| = 1e-2, that kept 58 % of the update,
+# this 95 %. Of M modules in depth order, module j reads row floor(j groups / M) of v_t.
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
@@ -205,27 +195,23 @@ def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
 class Booster:
     """W_0 of the targets (on the CPU, once a process), their basis, and v of every round; keeps the model's
     weights equal to the formula above. All of the model is frozen. Raises InputError as `check_fit`."""
-
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.targets = model.requires_grad_(False), config, find_targets(model)
-        self.k = config.rank * (1 if config.basis == "top" else config.rounds)  # triplets used of each target
-        self.check_fit(model, config)
+        self.k = self.check_fit(model, config)  # triplets used of each target
         self.groups = config.groups or len(self.targets)
         self.group_of = {name: i * self.groups // len(self.targets) for i, name in enumerate(self.targets)}
         self.checksum = self.digest(model)
         self.base = {name: m.weight.detach().to("cpu", copy=True) for name, m in self.targets.items()}
-        self.basis = {}  # name -> U [out, k], S [k] (on the CPU), V [in, k]
-        for name, linear in progress(self.targets.items(), "basis"):
-            U, S, V = svd_basis(linear.weight, self.k, name)
-            self.basis[name] = U, S.cpu(), V
+        self.basis = {name: svd_basis(linear.weight, self.k, name)  # U [out, k], S [k], V [in, k]
+                      for name, linear in progress(self.targets.items(), "basis")}
         # Another machine's linear algebra that flips or mixes near-equal singular vectors changes these sums.
         self.fingerprint = sum(torch.stack([U.sum(0), V.sum(0)]).cpu() for U, _, V in self.basis.values())
         self.vectors: list[torch.Tensor] = []  # v of each finished round, fp32 [groups, u], on the CPU
         self.v, self.hooks = None, []
 
     @staticmethod
-    def check_fit(model: nn.Module, config: BoostConfig) -> None:
-        """Raises InputError where rank x rounds exceeds a target's smaller side, or `groups` their number."""
+    def check_fit(model: nn.Module, config: BoostConfig) -> int:
+        """How many triplets k are used. Raises InputError where a target has fewer, or less than `groups`."""
         targets, k = find_targets(model), config.rank * (1 if config.basis == "top" else config.rounds)
         name, linear = min(targets.items(), key=lambda target: min(target[1].weight.shape))
         shape, kinds = list(linear.weight.shape), {m.weight.dtype for m in targets.values()}
@@ -233,6 +219,7 @@ class Booster:
         require(k <= min(shape), f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular "
                 f"triplets, but {name} {shape} has {min(shape)}: lower one of them")
         require(config.groups <= len(targets), f"--groups {config.groups}: there are {len(targets)} targets")
+        return k
 
     @staticmethod
     def digest(model: nn.Module) -> str:
@@ -244,7 +231,7 @@ class Booster:
         return digest.hexdigest()
 
     def slices(self, t: int) -> tuple[slice, slice]:
-        """Which columns of U and V, and which entries of S, make up round t's update."""
+        """Round t's columns of U and V, and its entries of S."""
         r, basis = self.config.rank, self.config.basis
         top, rotated = slice(0, r), slice(t * r, (t + 1) * r)
         return (rotated if basis == "rotate" else top), (top if basis == "top" else rotated)
@@ -256,8 +243,8 @@ class Booster:
         return torch.randn(u, r, r, generator=random) / math.sqrt(u * r)
 
     def attach(self) -> nn.Parameter:
-        """A fresh adapter for the next round, active in the model's forward: v, fp32 zeros [groups, u]. One
-        that was attached and not merged is dropped. Raises RuntimeError where all rounds are done."""
+        """A fresh adapter for the next round, active in the forward: v, fp32 zeros [groups, u]; one that was
+        not merged is dropped. Raises RuntimeError where all rounds are done."""
         self.detach()
         t, device = len(self.vectors), next(iter(self.targets.values())).weight.device
         if t >= self.config.rounds:
@@ -266,8 +253,8 @@ class Booster:
         columns, values = self.slices(t)
         for name, linear in self.targets.items():
             U, S, V = self.basis[name]
-            adapter = TinyLoRA(U[:, columns], S[values].to(device), V[:, columns], self.P(name, t).to(device),
-                               self.v, self.group_of[name], linear.weight.dtype)
+            adapter = TinyLoRA(U[:, columns], S[values], V[:, columns], self.P(name, t).to(device), self.v,
+                               self.group_of[name], linear.weight.dtype)
             self.hooks.append(linear.register_forward_hook(
                 lambda _, inputs, out, adapter=adapter: out + adapter(inputs[0])))
         return self.v
@@ -278,8 +265,7 @@ class Booster:
             self.hooks.pop().remove()
 
     def merge(self) -> None:
-        """Detach the adapter, keep its v, write the sum of all rounds into the weights. Raises RuntimeError
-        where none is attached."""
+        """Detach the adapter, keep its v, write the weights. Raises RuntimeError where none is attached."""
         if not self.hooks:
             raise RuntimeError("merge: no adapter is attached")
         self.detach()
@@ -287,8 +273,7 @@ class Booster:
         self.write()
 
     def rollback(self, n: int = 1) -> None:
-        """Take the last n rounds back: their v becomes 0, and the weights get the bits of before. Raises
-        InputError where there are fewer."""
+        """Take n rounds back: their v becomes 0, the weights get the bits of before. Raises InputError."""
         require(0 <= n <= len(self.vectors), f"rollback({n}): there are {len(self.vectors)} rounds")
         for v in self.vectors[len(self.vectors) - n:]:
             v.zero_()
@@ -305,7 +290,7 @@ class Booster:
     def core(self, name: str, rounds: Iterable[int] | None = None) -> torch.Tensor:
         """C [k, k], fp32 on the CPU, with delta = U C V^T: the blocks S_t R_t along its diagonal (top: all in
         one place). U and V are orthonormal, so delta's norm and singular values are those of C."""
-        C, S = torch.zeros(self.k, self.k), self.basis[name][1]
+        C, S = torch.zeros(self.k, self.k), self.basis[name][1].cpu()
         for t in range(len(self.vectors)) if rounds is None else rounds:
             columns, values = self.slices(t)
             R = torch.einsum("u,urs->rs", self.vectors[t][self.group_of[name]], self.P(name, t))
@@ -319,8 +304,7 @@ class Booster:
         return U @ self.core(name).to(U.device) @ V.T
 
     def rank(self, eps: float = 1e-6) -> dict[str, int]:
-        """Per target, how many singular values of delta exceed eps x the largest. Of the fp32 sum: W_T - W_0
-        of a bf16 weight has full rank, from rounding."""
+        """Per target, how many singular values of delta (not of W_T - W_0, rounded) exceed eps x the top."""
         values = {name: torch.linalg.svdvals(self.core(name).double()) for name in self.targets}
         return {name: int((s > eps * s[0]).sum()) if s.any() else 0 for name, s in values.items()}
 
@@ -350,38 +334,34 @@ class Booster:
         replace(path, lambda new: safetensors.torch.save_file(tensors, new, about))
 
     @staticmethod
-    def read(path: str | Path) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-        """Metadata, v and the basis' fingerprint in a saved file; InputError where it is not one."""
-        require(Path(path).is_file(), f"{path} is missing")
+    def read(path: str | Path) -> tuple[BoostConfig, torch.Tensor, torch.Tensor, str]:
+        """A file's configuration, v, fingerprint of the basis, checksum of the base. Raises InputError."""
         try:
             with safetensors.safe_open(path, "pt") as f:
                 about = json.loads((f.metadata() or {})["boostlora"])
-                BoostConfig(**about["config"])
-                return about, f.get_tensor("v"), f.get_tensor("basis")
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged, or not a BoostLoRA file ({error})") from None
+                config = BoostConfig(**about["config"])
+                return config, f.get_tensor("v"), f.get_tensor("basis"), about["base"]
+        except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged, missing, or not a BoostLoRA file ({error})") from None
 
     def resume(self, path: str | Path, rounds: int | None = None,
                weights: Sequence[float] | None = None) -> None:
         """Take over a file's vectors (the first `rounds`; each scaled by weights[t], as R is linear in v) and
-        write the weights. Raises InputError for a damaged file or another base model, configuration or
-        basis."""
-        about, v, theirs = self.read(path)
-        require(about["base"] == self.checksum, f"{path} is of another base model, or of another --dtype")
+        write the weights. InputError for a damaged file or another base model, configuration or basis."""
+        theirs, v, fingerprint, base = self.read(path)
+        require(base == self.checksum, f"{path} is of another base model, or of another --dtype")
         for name in ("rank", "u", "groups", "basis", "seed"):
-            mine, other = getattr(self.config, name), about["config"][name]
+            mine, other = getattr(self.config, name), getattr(theirs, name)
             require(mine == other, f"{path} has {name} {other}, not {mine}")
         require(v.shape[1:] == (self.groups, self.config.u) and v.isfinite().all(),
                 f"{path} is damaged: v is {list(v.shape)} or not finite")
-        require(rounds is None or 0 <= rounds <= len(v), f"{path} has {len(v)} rounds, not {rounds}")
-        require(len(v[:rounds]) <= self.config.rounds, f"{path} has more rounds than {self.config.rounds}")
-        k = min(self.k, theirs.shape[1])
-        require(torch.allclose(self.fingerprint[:, :k], theirs[:, :k], rtol=0, atol=1e-2),
-                f"{path}: this machine's linear algebra finds another singular basis of these weights; use "
-                "the LoRA that --export_lora writes where the file was made")
-        weights = [1.0] * len(v) if weights is None else weights
-        require(len(weights) == len(v), f"{path} has {len(v)} rounds: as many weights")
-        self.vectors = [v[t] * weights[t] for t in range(len(v))][:rounds]
+        rounds, weights = len(v) if rounds is None else rounds, weights or [1.0] * len(v)
+        require(0 <= rounds <= min(len(v), self.config.rounds) and len(weights) == len(v),
+                f"{path} has {len(v)} rounds, not {rounds}, and takes as many weights, not {len(weights)}")
+        k = min(self.k, fingerprint.shape[1])
+        require(torch.allclose(self.fingerprint[:, :k], fingerprint[:, :k], rtol=0, atol=1e-2),
+                f"{path}: this machine finds another singular basis; use the LoRA that --export_lora writes")
+        self.vectors = [v[t] * weights[t] for t in range(rounds)]
         self.write()
 
     @classmethod
@@ -389,7 +369,7 @@ class Booster:
              weights: Sequence[float] | None = None) -> Booster:
         """The fine-tuned model from the base model and the file: the same bits on the same machine and
         library versions. rounds=k: after k rounds; weights=[...]: re-weighted rounds. Raises as `resume`."""
-        booster = cls(model, BoostConfig(**cls.read(path)[0]["config"]))
+        booster = cls(model, cls.read(path)[0])
         booster.resume(path, rounds, weights)
         return booster
 
@@ -402,8 +382,7 @@ class Booster:
             tensors[f"base_model.model.{name}.lora_B.weight"] = (U @ self.core(name).to(U.device)).cpu()
         base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         config = {"peft_type": "LORA", "r": self.k, "lora_alpha": self.k, "lora_dropout": 0.0, "bias": "none",
-                  "target_modules": list(self.targets), "inference_mode": True,
-                  "base_model_name_or_path": base}
+                  "target_modules": [*self.targets], "inference_mode": True, "base_model_name_or_path": base}
 
         def write(path: Path) -> None:
             path.mkdir()
@@ -412,8 +391,8 @@ class Booster:
 
         replace(folder, write)
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop: F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t), until T or F_t = {}.
+# The loop ---------------------------------------------------------------------------------------------------
+# F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t), until t = T or F_t = {}.
 
 def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
           settings: dict[str, Any] | None = None, tokenizer: Any = None) -> list[dict[str, Any]]:
@@ -432,12 +411,8 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
     holds another run, or a damaged one."""
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     out, config, data = Path(out), booster.config, to_json([list(task.train), task.tests]).encode()
-    versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
-    settings = {**dataclasses.asdict(config), **(settings or {}), "versions": versions,
-                "data": hashlib.sha256(data).hexdigest()[:16]}
-    claim(out, settings)
+    claim(out, {**dataclasses.asdict(config), **(settings or {})}, hashlib.sha256(data).hexdigest()[:16])
     records = resume(out, booster)
-    replace(out / "config.json", lambda new: new.write_text(to_json(settings)))
     while not records or (len(records) <= config.rounds and records[-1]["failures"]):
         t = len(records) - 1  # the round that is trained now; -1: the base model is evaluated
         stats, seconds, clock = {}, {"generate": 0.0, "train": 0.0, "merge": 0.0}, time.perf_counter
@@ -458,17 +433,9 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
         replace(out / "rounds.jsonl", lambda new, lines=lines: new.write_text(lines))
         say(describe(records[-1], config.rounds))
         if t < 0 and found["failures"] and config.rounds:
-            say(f"          about {estimate(task, config, seconds['evaluate'], found['failures'])} to go")
-
-    def write(path: Path) -> None:
-        path.mkdir()
-        for part in (booster.model, tokenizer):
-            if hasattr(part, "save_pretrained"):
-                part.save_pretrained(path)
-            elif part is not None:
-                torch.save(part.state_dict(), path / "model.pt")
-
-    replace(out / "model", write)
+            each = seconds["evaluate"] / sum(map(len, [task.train, *task.tests.values()]))
+            say(f"          about {estimate(task, config, each, found['failures'])} to go")
+    replace(out / "model", lambda new: write_model(new, booster.model, tokenizer))
     say("\n" + "\n".join(describe(record, config.rounds) for record in records))
     return records
 
@@ -486,10 +453,10 @@ def sampled(items: Sequence[Any], count: int, *key: Any) -> list[Any]:
 def measure(booster: Any, task: Any, records: list[dict], t: int, test_every: int) -> dict[str, Any]:
     """What the record says of the model after round t (-1: the base model): F_{t+1}, what changed against
     F_t, and, where it is due, the tests. Takes the round back first if `accept` wants that."""
-    config, last, everything = booster.config, t + 1 == booster.config.rounds, range(len(task.train))
+    config, everything, last = booster.config, range(len(task.train)), t + 1 == booster.config.rounds
     before = set(records[-1]["failed"]) if records else set()
-    right = [i for i in everything if i not in before]
-    count = math.ceil(config.recheck * len(right)) if records and not last else len(right)
+    right = sorted({*everything} - before)
+    count = math.ceil(len(right) * (config.recheck if records and not last else 1))
     looked = sorted([*before, *sampled(right, count, config.seed, "recheck", t)])
     labels, metrics = gather(task.evaluate([task.train[i] for i in looked]))[0]  # of one process: a grader
     if all(labels) and len(looked) < len(everything):  # may use a clock. Nothing failed: so look at all
@@ -513,13 +480,13 @@ def measure(booster: Any, task: Any, records: list[dict], t: int, test_every: in
                   f"{name}_failed": sorted(wrong)}
     return {**found, "failed": failed}
 
-def estimate(task: Any, config: BoostConfig, seconds: float, failed: int) -> timedelta:
-    """How long the rounds and the last test will take, if train and tests took `seconds` and failed stay."""
+def estimate(task: Any, config: BoostConfig, each: float, failed: int) -> timedelta:
+    """How long rounds and last tests will take, at `each` seconds an example, if as many keep failing."""
     train, tests = len(task.train), sum(map(len, task.tests.values()))
     count = train if config.replay < 0 else min(train, int((1 + config.replay) * failed))
     effort = task.effort(count) if hasattr(task, "effort") else count
     looked = failed + config.recheck * (train - failed)
-    return timedelta(seconds=round(seconds / (train + tests) * (config.rounds * (effort + looked) + tests)))
+    return timedelta(seconds=round(each * (config.rounds * (effort + looked) + tests)))
 
 def describe(r: dict[str, Any], rounds: int) -> str:
     """The line of a round."""
@@ -535,10 +502,10 @@ def describe(r: dict[str, Any], rounds: int) -> str:
         text += "\n          rounding the weights loses more than half of the update: try --dtype float32"
     return text + (f"\n          {r['note']}" if "note" in r else "")
 
-# ------------------------------------------------------------------------------------------------------------
-# Generation: argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO. Why not model.generate: it
-# keeps finished rows in the batch, encodes a prompt once for each of its completions, and inherits the
-# model's generation_config (top_k, top_p, repetition_penalty), while a policy gradient needs the untruncated
+# Generation -------------------------------------------------------------------------------------------------
+# argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO. Why not model.generate: it keeps finished
+# rows in the batch, encodes a prompt once for each of its completions, and inherits the model's
+# generation_config (top_k, top_p, repetition_penalty), while a policy gradient needs the untruncated
 # distribution and a greedy evaluation no penalty.
 
 class Completion(NamedTuple):
@@ -547,107 +514,97 @@ class Completion(NamedTuple):
     logprobs: list[float]  # of the tokens, in the distribution they were drawn from (greedy: temperature 1)
 
 def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 1, temperature: float = 0.0,
-             max_new_tokens: int = 1024, seed: Any = 0, cache_tokens: int = 0,
-             label: str = "generate") -> list[Completion]:
+             max_new_tokens: int = 1024, seed: Any = 0, label: str = "generate") -> list[Completion]:
     """n completions of every prompt, in order: those of prompts[i] are at [i n, (i + 1) n).
 
     prompts: formatted strings, tokenised without adding special tokens. Temperature 0 is greedy; otherwise
-    the draws follow from `seed`, the shape of the call and the place in it, not from batches. cache_tokens:
-    see `rows_that_fit`. Under torchrun the prompts are shared out, and every process gets all completions.
-    Puts the model into eval mode: what was sampled must be the policy that learns. Raises FloatingPointError
-    where the model's output is not finite."""
+    the draws follow from `seed`, the shape of the call and the place in it, not from batches. Under torchrun
+    the prompts are shared out, and every process gets all completions. Puts the model into eval mode: what
+    was sampled must be the policy that learns. Raises FloatingPointError where the model's output is not
+    finite."""
     model.eval()
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     require(all(ids), "generate: a prompt has no token")
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # Qwen2.5 has two
-    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
     shape = (len(ids) * n, max_new_tokens)
     uniforms = torch.rand(shape, generator=generator("sample", seed)) if temperature else None
     queue = sorted(range(len(ids))[process()::processes()], key=lambda i: -len(ids[i]))  # the longest first
     rows: dict[int, tuple[list[int], list[float]]] = {}
     with progress(total=len(queue) * n, label=label) as bar:
         while queue:
-            size = max(1, rows_that_fit(model, len(ids[queue[0]]) + max_new_tokens, cache_tokens) // n)
-            size = size if takes_masks(model) else 1  # prompt, whose rows need no padding
+            size = batch_size(model, [len(ids[i]) for i in queue], n, max_new_tokens)
             chunk, queue = queue[:size], queue[size:]
             numbers = [i * n + j for i in chunk for j in range(n)]
             draws = uniforms[numbers].to(model.device) if temperature else None
-            some = [ids[i] for i in chunk]
-            done = decode(model, some, n, temperature, max_new_tokens, sorted(stops), draws, bar)
+            done = decode(model, [ids[i] for i in chunk], n, temperature, max_new_tokens, stops, draws, bar)
             rows.update(zip(numbers, done, strict=True))
     rows = {number: row for part in gather(rows) for number, row in part.items()}
     ordered = [rows[number] for number in range(len(rows))]
     return [Completion(tokenizer.decode(row[0], skip_special_tokens=True), *row) for row in ordered]
 
-def rows_that_fit(model: nn.Module, length: int, cache_tokens: int) -> int:
-    """How many rows of `length` tokens a batch may have, so that their keys and values, and four fp32 copies
-    of their logits in sampling, fit in half of a GPU's free memory (as a power of two: batches, and with them
-    roundings, seldom change), on a CPU in 2 GiB. cache_tokens: so many tokens in all instead."""
-    c, memory = model.config.get_text_config(), 2**31
+def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int) -> int:
+    """How many of the prompts, of these lengths, the longest first, go into one batch. Their n rows' keys and
+    values, and four fp32 copies of their logits, must fit in half of a GPU's free memory (as a power of two:
+    batches, and with them roundings, seldom change), on a CPU in 2 GiB; and of the prompts' tokens no more
+    than an eighth, and 2,048, may be padding."""
+    c, memory, longest = model.config.get_text_config(), 2**31, lengths[0]
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         memory = 2 ** int(math.log2(max(free / 2, 1)))
     head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     token = 2 * c.num_hidden_layers * heads * head_size * model.dtype.itemsize  # bytes; Qwen2.5-3B: 36 KiB
-    return cache_tokens // length if cache_tokens else memory // (length * token + 16 * c.vocab_size)
-
-def prefill(model: nn.Module, prompts: list[list[int]], n: int, keyword: str) -> tuple[Any, torch.Tensor]:
-    """(cache, logits) with n rows for each prompt, which is encoded once, beside others in one sequence and
-    so without padding; prompts come longest first. Only the last position of each meets the head, in one
-    contiguous matrix: a strided one torch multiplies row by row, with a copy of the head for each."""
-    from transformers import DynamicCache
-    packs = [*packed([(prompt, Completion("", [], []), 0.0) for prompt in prompts], 2048)]
-    caches = [DynamicCache(config=model.config) for _ in packs]
-    states = [completion_states(model, pack, use_cache=True, **{keyword: cache})
-              for pack, cache in zip(packs, caches, strict=True)]
-    logits = model.get_output_embeddings()(torch.cat(states)).repeat_interleave(n, 0)
-    require(all(cache.get_seq_length() for cache in caches), f"{type(model).__name__} does not use its cache")
-    if len(prompts) > 1:  # rows of one length: padded on the left
-        lengths = [[len(prompt) for prompt, _, _ in pack] for pack in packs]
-        for layers in zip(*(cache.layers for cache in caches), strict=True):
-            for side in "keys", "values":
-                rows = [row for layer, sizes in zip(layers, lengths, strict=True)
-                        for row in getattr(layer, side)[0].split(sizes, 1)]  # [heads, tokens, head size]
-                rows = [F.pad(row, (0, 0, len(prompts[0]) - row.shape[1], 0)) for row in rows]
-                setattr(layers[0], side, torch.stack(rows))
-    caches[0].batch_repeat_interleave(n)
-    return caches[0], logits
+    fit = memory // ((longest + max_new_tokens) * token + 16 * c.vocab_size) // n
+    alike = [size for size in range(1, min(fit, len(lengths)) + 1)
+             if size * longest - sum(lengths[:size]) <= 2048 + size * longest / 8]
+    return max(alike, default=1)
 
 @torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
            stops: list[int], uniforms: torch.Tensor | None, bar: Any) -> list[tuple[list[int], list[float]]]:
     """One batch, token by token; prompts come longest first. (tokens, log-probabilities) of each row."""
-    device, width = model.device, len(prompts[0])
+    from transformers import DynamicCache
+    device, width, cache = model.device, len(prompts[0]), DynamicCache(config=model.config)
     accepted = inspect.signature(model.base_model.forward).parameters
-    keyword = "cache" if "cache" in accepted else "past_key_values"  # before transformers 5.24
-    cache, logits = prefill(model, prompts, n, keyword)
-    padding = torch.tensor([[width - len(p)] for p in prompts for _ in range(n)], device=device)
-    mask = (torch.arange(width + max_new_tokens, device=device) >= padding).long()
+    options = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}  # before 5.24
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
+    start = torch.tensor([[width - len(p)] for p in prompts], device=device)
+    columns = torch.arange(width + max_new_tokens, device=device)
+    mask, positions = (columns >= start).long(), (columns - start).clamp(min=0)
+    # Each prompt once, but for its last token, without the head: 8,192 tokens at a time.
+    for part in columns[:width - 1].split(max(1, 8192 // len(prompts))):
+        model.base_model(input_ids=ids[:, part], attention_mask=mask[:, :part[-1] + 1],
+                         position_ids=positions[:, part], **options)
+    cache.batch_repeat_interleave(n)
+    token, mask, positions = (x.repeat_interleave(n, 0) for x in (ids[:, -1], mask, positions))
     stops = torch.tensor(stops, dtype=torch.long, device=device)
-    alive = torch.arange(len(logits), device=device)  # the rows that go on
+    alive = torch.arange(len(token), device=device)  # the rows that go on
     tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(alive), max_new_tokens, device=device)
     ended = torch.zeros_like(alive, dtype=torch.bool)
     for step in range(max_new_tokens):
+        seen = width + step
+        logits = model(input_ids=token[:, None], attention_mask=mask[:, :seen],
+                       position_ids=positions[:, seen - 1:seen], **options).logits[:, -1]
         every = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [rows, vocabulary]
-        token = logits.argmax(-1)
         if temperature:  # invert the distribution function: so a row's draw is its own
             cdf = every.exp().cumsum(-1)
             point = (1 - uniforms[alive, step]) * cdf[:, -1]  # in (0, 1]: never a token of probability 0
             token = torch.searchsorted(cdf, point[:, None]).squeeze(-1).clamp(max=cdf.shape[1] - 1)
+        else:
+            token = logits.argmax(-1)
         tokens[alive, step], logprobs[alive, step] = token, every.gather(-1, token[:, None]).squeeze(-1)
         ended |= torch.isin(token, stops)
-        if step + 1 == max_new_tokens or ended.all():
+        if ended.all():
             break
         if ended.sum() >= len(alive) / 8:  # leaving copies the cache, so an eighth leaves together
             keep = (~ended).nonzero().squeeze(-1)
             bar.update(len(alive) - len(keep))
-            alive, token, padding, ended, mask = (x[keep] for x in (alive, token, padding, ended, mask))
+            alive, token, mask, positions, ended = (x[keep] for x in (alive, token, mask, positions, ended))
             cache.batch_select_indices(keep)
-        logits = model(input_ids=token[:, None], attention_mask=mask[:, :width + step + 1],
-                       position_ids=width + step - padding, use_cache=True, **{keyword: cache}).logits[:, -1]
     bar.update(len(alive))
+    require(cache.get_seq_length() == seen, f"{type(model).__name__} does not use its cache")
     if not logprobs.isfinite().all():
         raise FloatingPointError("the model's output is not finite: in a new --out, lower --lr or try "
                                  "--dtype float32")
@@ -655,9 +612,9 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     rows = zip(tokens.tolist(), logprobs.tolist(), ends.tolist(), strict=True)
     return [(t[:end], p[:end]) for t, p, end in rows]
 
-# ------------------------------------------------------------------------------------------------------------
-# GRPO (arXiv 2402.03300): A_i = (r_i - mean) / std in a group of completions y_i of a prompt x;
-# loss = - sum_i A_i sum_j log pi(y_ij | x, y_i,<j) / sum_i |y_i|, over the groups with variance; Adam on v_t.
+# GRPO (arXiv 2402.03300) ------------------------------------------------------------------------------------
+# A_i = (r_i - mean) / std in a group of completions y_i of a prompt x; over the groups with variance,
+# loss = - sum_i A_i sum_j log pi(y_ij | x, y_i,<j) / sum_i |y_i|; Adam on v_t.
 # What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is sampled from
 # the current weights and used for one step, so the ratio is 1 and a clip never acts (`logprob_gap` in the
 # record measures it); nothing ties the policy to a reference, as v starts from 0 and a round is short.
@@ -679,67 +636,63 @@ def takes_masks(model: nn.Module) -> bool:
             and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
             and not any(getattr(config, name, None) for name in ("sliding_window", "window_size", "alibi")))
 
-Sample = tuple[list[int], Completion, float]  # a prompt's tokens, a completion of it, its advantage
+def split(prompt: list[int], completions: Sequence[Completion], advantages: Sequence[float],
+          limit: int) -> list[tuple[list[int], list[Completion], list[float]]]:
+    """A group in parts (prompt, completions, advantages) of at most `limit` tokens, or of one completion."""
+    parts, room = [], 0
+    for completion, advantage in zip(completions, advantages, strict=True):
+        room -= len(completion.tokens)
+        if room < 0 or not parts:
+            parts.append((prompt, [], []))
+            room = limit - len(prompt) - len(completion.tokens)
+        parts[-1][1].append(completion)
+        parts[-1][2].append(advantage)
+    return parts
 
-def packed(samples: Sequence[Sample], limit: int) -> Iterator[list[Sample]]:
-    """The samples in packs of at most `limit` tokens (or of one sample), in which a prompt counts once; those
-    of one prompt come one after the other."""
-    pack, size = [], 0
-    for prompt, completion, advantage in samples:
-        length = len(completion.tokens) + (len(prompt) if not pack or pack[-1][0] is not prompt else 0)
-        if pack and size + length > limit:
-            yield pack
-            pack, size, length = [], 0, len(prompt) + len(completion.tokens)
-        pack, size = [*pack, (prompt, completion, advantage)], size + length
-    if pack:
-        yield pack
-
-def completion_states(model: nn.Module, pack: Sequence[Sample], **options: Any) -> torch.Tensor:
-    """The states [tokens, d] that predict the tokens of the pack's completions (of an empty one, its first),
-    from one sequence: a prompt, its completions, the next prompt ... options: for the model."""
-    ids, owner, part, position, above = [], [], [], [], []  # part: 0 in a prompt, j in the j-th completion
-    before = None
-    for j, (prompt, completion, _) in enumerate(pack, 1):
-        if prompt is not before:
-            before, last = prompt, len(ids) + len(prompt) - 1
-            ids, owner, part = ids + prompt, owner + [j] * len(prompt), part + [0] * len(prompt)
-            position += range(len(prompt))
+def completion_states(model: nn.Module, prompt: list[int], completions: Sequence[Completion]) -> torch.Tensor:
+    """The states [tokens, d] that predict the completions' tokens, from one sequence: the prompt, then its
+    completions side by side."""
+    ids, owner, position, above = [*prompt], [0] * len(prompt), [*range(len(prompt))], []
+    for j, completion in enumerate(completions, 1):
         length = len(completion.tokens)
-        above += [last, *range(len(ids), len(ids) + length - 1)]  # where each token is predicted
-        ids, owner, part = ids + completion.tokens, owner + [owner[last]] * length, part + [j] * length
+        above += [len(prompt) - 1, *range(len(ids), len(ids) + length - 1)]  # where each token is predicted
+        ids, owner = ids + completion.tokens, owner + [j] * length
         position += range(len(prompt), len(prompt) + length)
-    owner, part = torch.tensor([owner, part], device=model.device)
-    if len(pack) > 1:  # else the model's own causal mask does
-        sees = (owner == owner[:, None]) & ((part == 0) | (part == part[:, None]))  # [position, position]
+    options = {}
+    if len(completions) > 1:  # else the model's own causal mask does
+        owner = torch.tensor(owner, device=model.device)
+        sees = ((owner == 0) | (owner == owner[:, None])).tril()  # [position, position]
         mask = torch.zeros(1, 1, *sees.shape, dtype=model.dtype, device=model.device)
-        options |= {"attention_mask": mask.masked_fill_(~sees.tril(), torch.finfo(model.dtype).min),
-                    "position_ids": torch.tensor([position], device=model.device)}
+        options = {"attention_mask": mask.masked_fill_(~sees, torch.finfo(model.dtype).min),
+                   "position_ids": torch.tensor([position], device=model.device)}
     ids = torch.tensor([ids], device=model.device)
-    return model.base_model(input_ids=ids, **{"use_cache": False, **options}).last_hidden_state[0, above]
+    return model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, above]
 
-def policy_gradient(model: nn.Module, pack: Sequence[Sample], temperature: float) -> float:
+def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
+                    advantages: Sequence[float], temperature: float) -> float:
     """Backward pass of - sum_i A_i log pi(y_i). Returns the sum of |log pi here - log pi in sampling|.
 
-    The head's part goes chunk by chunk, forward and back: so the logits of a pack (1,024 x 8 x 151,936 in
+    The head's part goes chunk by chunk, forward and back: so the logits of a pass (1,024 x 8 x 151,936 in
     fp32: 4.6 GiB, several times over) never exist, and none is computed twice."""
-    states, head, gap, gradients = completion_states(model, pack), model.get_output_embeddings(), 0.0, []
-    tokens = torch.tensor([token for _, c, _ in pack for token in c.tokens], device=model.device)
-    sampled = torch.tensor([logprob for _, c, _ in pack for logprob in c.logprobs], device=model.device)
-    advantages = torch.tensor([a for _, c, a in pack for _ in c.tokens], device=model.device)
-    size = max(1, 2**25 // model.config.get_text_config().vocab_size)
-    for part in zip(*(x.split(size) for x in (states.detach(), tokens, sampled, advantages)), strict=True):
-        leaf, token, old, advantage = part[0].requires_grad_(), *part[1:]
+    states, head = completion_states(model, prompt, completions), model.get_output_embeddings()
+    tokens = torch.tensor([token for c in completions for token in c.tokens], device=model.device)
+    sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
+    lengths = torch.tensor([len(c.tokens) for c in completions])
+    weights = torch.tensor(advantages).repeat_interleave(lengths).to(model.device)  # A_i of each token
+    size, gap, gradients = max(1, 2**25 // model.config.get_text_config().vocab_size), 0.0, []
+    for part in zip(*(x.split(size) for x in (states.detach(), tokens, sampled, weights)), strict=True):
+        leaf, token, old, weight = part[0].requires_grad_(), *part[1:]
         logits = head(leaf).float() / temperature
         logprobs = logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
-        (-(advantage * logprobs).sum()).backward()
+        (-(weight * logprobs).sum()).backward()
         gradients.append(leaf.grad)
         gap += float((logprobs.detach() - old).abs().sum())
     states.backward(torch.cat(gradients))
     return gap
 
 def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
-         reward: Callable[[list[int], list[str]], list[float]], v: nn.Parameter | list[nn.Parameter],
-         config: GRPOConfig, round: int = 0, seed: int = 0) -> dict[str, Any]:
+         reward: Callable[[list[int], list[str]], list[float]], v: Trained, config: GRPOConfig,
+         round: int = 0, seed: int = 0) -> dict[str, Any]:
     """Train v for one round: ceil(epochs x prompts / config.prompts) times sample, reward, advantages, one
     Adam step.
 
@@ -762,26 +715,25 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
         queue += torch.randperm(len(ids), generator=shuffle).tolist() if len(queue) < size else []
         chosen, queue = queue[:size], queue[size:]
         done = generate(model, tokenizer, [prompts[i] for i in chosen], n, config.temperature,
-                        config.max_new_tokens, (seed, round, step), config.cache_tokens, label="sample")
-        owners = [i for i in chosen for _ in range(n)]
-        rewards = [float(r) for r in on_first_process(partial(reward, owners, [c.text for c in done]))]
+                        config.max_new_tokens, (seed, round, step), label="sample")
+        owners, texts = [i for i in chosen for _ in range(n)], [completion.text for completion in done]
+        rewards = [float(r) for r in on_first_process(reward, owners, texts)]
         require(len(rewards) == len(done) and all(map(math.isfinite, rewards)),
                 "reward must return a finite number for each completion")
+        completions, total = completions + len(done), total + sum(rewards)
         advantages = group_advantages(rewards, n)
         informative = advantages.any(1)
-        samples = [sample for sample, learns in zip(
-            zip((ids[i] for i in owners), done, advantages.flatten().tolist(), strict=True),
-            informative.repeat_interleave(n).tolist(), strict=True) if learns]
-        completions, total = completions + len(done), total + sum(rewards)
         flat += int((~informative).sum())
+        parts = [part for j, i in enumerate(chosen) if informative[j]
+                 for part in split(ids[i], done[j * n:(j + 1) * n], advantages[j].tolist(), limit)]
         middle = time.perf_counter()
         generating += middle - start
-        if not samples:
+        if not parts:
             continue
         optimizer.zero_grad()
-        for pack in [*packed(samples, limit)][process()::processes()]:
-            gap += policy_gradient(model, pack, config.temperature)
-        tokens = sum(len(completion.tokens) for _, completion, _ in samples)
+        for part in parts[process()::processes()]:
+            gap += policy_gradient(model, *part, config.temperature)
+        tokens = sum(len(completion.tokens) for part in parts for completion in part[1])
         steps, trained = steps + 1, trained + tokens
         descend(optimizer, parameters, config.max_grad_norm, tokens)
         training += time.perf_counter() - middle
@@ -805,12 +757,11 @@ def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], ma
         raise FloatingPointError("the gradient is not finite: in a new --out, lower --lr or --dtype float32")
     optimizer.step()
 
-# ------------------------------------------------------------------------------------------------------------
-# Cross-entropy, for a classifier: ascend the mean of log p(label).
+# Cross-entropy, for a classifier ----------------------------------------------------------------------------
+# loss = - mean of log p(label | x).
 
-def cross_entropy(model: nn.Module,
-                  batches: Callable[[], Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]],
-                  v: nn.Parameter | list[nn.Parameter], config: CEConfig, round: int = 0) -> dict[str, Any]:
+def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple[dict, torch.Tensor]]], v: Trained,
+                  config: CEConfig, round: int = 0) -> dict[str, Any]:
     """Train v for one round: an Adam step on the mean cross-entropy of each batch, `config.epochs` times.
 
     batches() starts a pass over the data, an iterator of (the model's keyword inputs, labels [B]). Returns
@@ -829,8 +780,8 @@ def cross_entropy(model: nn.Module,
     return {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1],
             "seconds": {"train": time.perf_counter() - start}}
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes. Without torchrun nothing is initialised, and these are the identity.
+# Processes --------------------------------------------------------------------------------------------------
+# Without torchrun nothing is initialised, and these are the identity.
 
 def process() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -845,9 +796,9 @@ def gather(value: Any) -> list[Any]:
         dist.all_gather_object(values, value)
     return values
 
-def on_first_process(f: Callable[[], Any]) -> Any:
-    """f(), called by the first process alone: for files, and for rewards (a sandbox's could differ)."""
-    return gather(f() if process() == 0 else None)[0]
+def on_first_process(f: Callable[..., Any], *args: Any) -> Any:
+    """f(*args), called by the first process alone: for files, and for rewards (a sandbox's could differ)."""
+    return gather(f(*args) if process() == 0 else None)[0]
 
 def say(text: str) -> None:
     if process() == 0:
@@ -858,12 +809,12 @@ def progress(iterable: Iterable | None = None, label: str = "", total: int | Non
     from tqdm import tqdm
     return tqdm(iterable, label, total, leave=False, disable=True if process() else None, dynamic_ncols=True)
 
-# ------------------------------------------------------------------------------------------------------------
-# The state of a run: adapters.safetensors, the vectors, and rounds.jsonl, what was measured. Each is replaced
-# atomically, the vectors first; a round counts once its line is there, and one without a line is done again
-# with the same random numbers. So a run that was killed at any moment ends with the bits of an unbroken one.
+# The state of a run -----------------------------------------------------------------------------------------
+# adapters.safetensors, the vectors, and rounds.jsonl, what was measured. Each is replaced atomically, the
+# vectors first; a round counts once its line is there, and one without a line is done again with the same
+# random numbers. So a run that was killed at any moment ends with the bits of an unbroken one.
 
-FREE = {"rounds", "versions", "test_every", "export_lora", "cache_tokens", "micro_batch_tokens", "workers"}
+FREE = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}  # may change
 LOCKS: dict[Path, int] = {}  # the run folders of this process, each with its locked file
 
 def replace(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -876,29 +827,33 @@ def replace(path: str | Path, write: Callable[[Path], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)
         write(new)
-        if new.is_file():
-            with open(new, "rb+") as f:
-                os.fsync(f.fileno())
-        elif path.is_dir():
+        if path.is_dir():
             shutil.rmtree(path)
         os.replace(new, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"could not write {path} ({error}): make room and start again") from None
 
+def write_model(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+    folder.mkdir()
+    for part in (model, tokenizer):
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder)
+        elif part is not None:
+            torch.save(part.state_dict(), folder / "model.pt")
+
 def to_json(value: Any) -> str:
     """JSON; tensors and numpy's numbers as plain ones, sets in order, other objects as their fields."""
-    def plain(x: Any) -> Any:
-        if isinstance(x, (set, frozenset)):
-            return sorted(x, key=repr)
-        return x.tolist() if hasattr(x, "tolist") else getattr(x, "__dict__", type(x).__name__)
+    return json.dumps(value, default=lambda x: (
+        sorted(x, key=repr) if isinstance(x, (set, frozenset)) else x.tolist() if hasattr(x, "tolist")
+        else getattr(x, "__dict__", type(x).__name__)))
 
-    return json.dumps(value, default=plain)
-
-def claim(out: str | Path, settings: dict[str, Any]) -> None:
-    """Lock a run folder until this process ends. Raises InputError where another process works in it, or it
-    holds a run with other settings, which are named."""
+def claim(out: str | Path, settings: dict[str, Any], data: str | None = None) -> None:
+    """Lock a run folder until this process ends, and write its config.json once the examples are read and
+    have a hash, `data`. Raises InputError where another process works in it, or it holds a run with other
+    settings, which are named."""
     import fcntl
-    out, path = Path(out).resolve(), Path(out) / "config.json"
+    out = Path(out).resolve()
+    path, there = out / "config.json", {}
     if not process() and out not in LOCKS:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -908,16 +863,19 @@ def claim(out: str | Path, settings: dict[str, Any]) -> None:
             raise InputError(f"--out {out} is in use by another process, or cannot be locked ({error}): "
                              "choose another") from None
         LOCKS[out] = file
-    if not path.exists():
-        return require(not (out / "rounds.jsonl").exists(), f"{path} is missing: choose another --out")
     try:
-        there = dict(json.loads(path.read_text()))
+        there = dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError):
         raise InputError(f"{path} is damaged: choose another --out") from None
-    here = {"data": there.get("data"), **json.loads(to_json(settings))}  # scripts claim before they read data
+    require(there or not (out / "rounds.jsonl").exists(), f"{path} is missing: choose another --out")
+    versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
+    here = {**json.loads(to_json(settings)), "data": data or there.get("data"), "versions": versions}
+    there = {**there, "data": there.get("data") or data} if there else here
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
                  for key in sorted({*there, *here} - FREE) if there.get(key) != here.get(key)]
-    return require(not differing, f"{out} holds another run ({'; '.join(differing)}): choose another --out")
+    require(not differing, f"{out} holds another run ({'; '.join(differing)}): choose another --out")
+    if data:
+        replace(path, lambda new: new.write_text(to_json(here)))
 
 def resume(out: Path, learner: Any) -> list[dict[str, Any]]:
     """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them. Raises
@@ -956,7 +914,7 @@ class FullFineTuning:
 
     def save(self, path: Path) -> None:
         weights = {**dict(self.model.named_parameters()), "rounds done": torch.tensor(self.done)}
-        replace(path, partial(safetensors.torch.save_file, weights))
+        replace(path, lambda new: safetensors.torch.save_file(weights, new))
 
     def resume(self, path: Path, rounds: int) -> None:
         weights = load(safetensors.torch.load_file, path, advice="choose another --out")
@@ -967,13 +925,12 @@ class FullFineTuning:
     def summary(self) -> dict[str, Any]:
         return {}
 
-# ------------------------------------------------------------------------------------------------------------
-# What the scripts share: flags, loading, a task of prompts and grades.
+# What the scripts share -------------------------------------------------------------------------------------
+# Flags, loading, a task of prompts and grades.
 
 @dataclass
 class RunConfig(Settings):
     """The flags of every script, beside those of BoostConfig and of its trainer."""
-
     model: str = setting("", "a model on the Hub, or a folder that save_pretrained wrote")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
         "auto", "of the weights; auto: bfloat16 on a GPU, float32 on a CPU and with --method full")
@@ -986,13 +943,11 @@ class RunConfig(Settings):
     test_every: int = setting(0, "test every so many rounds; 0: at the start and at the end")
     export_lora: bool = setting(False, "also write the fine-tune as one LoRA in PEFT's format, to OUT/lora")
     demo: bool = setting(False, "a toy that needs neither download nor GPU, through the same code")
-    least: ClassVar = {"limit": 0, "test_limit": 0, "test_every": 0}
 
     def __post_init__(self):
         super().__post_init__()
         require(not (self.export_lora and self.method == "full"), "--export_lora: not with --method full")
         require(not (self.demo and (self.train_file or self.test_file)), "--demo makes its own data files")
-        self.model = "demo" if self.demo else self.model
         require(not self.model.startswith((".", "/", "~")) or Path(self.model).is_dir(),
                 f"--model {self.model}: there is no such folder; name a model on the Hub, or try --demo")
         if self.dtype == "auto":
@@ -1005,13 +960,7 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
     """The flags, as one instance of each dataclass. --demo changes defaults, not what the user says, and uses
     one CPU thread: a toy's matrices are too small to share, and the bits would follow the number of cores."""
     from transformers import HfArgumentParser
-    from transformers.utils.logging import disable_progress_bar
-
-    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        pass
-
-    if not sys.stderr.isatty():
-        disable_progress_bar()
+    Help = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False,
                               usage="%(prog)s [flags]    (--help explains them)")
     parser.set_defaults(**defaults)
@@ -1035,8 +984,7 @@ def run(main: Callable[[], None]) -> None:
     except FloatingPointError as error:
         code, message = 1, f"error: {error}; the rounds before this one are kept"
     except torch.OutOfMemoryError:
-        code, message = 1, ("error: not enough GPU memory: lower --cache_tokens if it happened in sampling "
-                            "or evaluating, --micro_batch_tokens in training; the finished rounds are kept")
+        code, message = 1, "error: not enough GPU memory: lower --micro_batch_tokens or --group_size"
     except KeyboardInterrupt:
         code, message = 130, "\nstopped: the same command goes on after the last finished round, if any"
     print(message, file=sys.stderr, flush=True)
@@ -1103,9 +1051,9 @@ class TextTask:
 
     def evaluate(self, examples: Sequence[Any]) -> tuple[list[bool], dict[str, float]]:
         done = generate(self.model, self.tokenizer, self.prompts(examples), label="evaluate",
-                        max_new_tokens=self.config.max_new_tokens, cache_tokens=self.config.cache_tokens)
+                        max_new_tokens=self.config.max_new_tokens)
         texts = [completion.text for completion in done]
-        right = [grade >= 1 for grade in on_first_process(lambda: list(self.grade(texts, examples)))]
+        right = [grade >= 1 for grade in on_first_process(self.grade, texts, examples)]
         more = {"lenient_accuracy": sum(self.lenient(texts, examples)) / len(texts)} if self.lenient else {}
         return right, more
 
@@ -1154,9 +1102,10 @@ def finish(args: RunConfig, config: BoostConfig, settings: dict[str, Any], model
     """Boost, export, and say what came of it."""
     if not (args.demo or torch.cuda.is_available() or (Path(args.out) / "rounds.jsonl").exists()):
         some, start = sampled(task.train, 16, "estimate"), time.perf_counter()
-        failed = int((1 - sum(task.evaluate(some)[0]) / len(some)) * len(task.train))
-        each, everything = (time.perf_counter() - start) / len(some), [task.train, *task.tests.values()]
-        left = estimate(task, config, each * sum(map(len, everything)), failed)
+        wrong = 1 - sum(task.evaluate(some)[0]) / len(some)
+        each = (time.perf_counter() - start) / len(some)
+        left = estimate(task, config, each, int(wrong * len(task.train))) + timedelta(seconds=round(
+            each * sum(map(len, [task.train, *task.tests.values()]))))
         say(f"no GPU: about {left} for this run, by a first batch; --demo shows the method in minutes")
     booster = Booster(model, config) if args.method == "boost" else FullFineTuning(model, config)
     boost(booster, task, args.out, args.test_every, settings, tokenizer)

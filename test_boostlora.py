@@ -30,53 +30,26 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    EsmForSequenceClassification,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, EsmForSequenceClassification
 
 import boostlora
 import train_code
 import train_math
 import train_protein
-from boostlora import (
-    BoostConfig,
-    Booster,
-    CEConfig,
-    Completion,
-    FullFineTuning,
-    GRPOConfig,
-    InputError,
-    RunConfig,
-    TextTask,
-    TinyLoRA,
-    boost,
-    claim,
-    completion_states,
-    cross_entropy,
-    find_targets,
-    generate,
-    generator,
-    group_advantages,
-    grpo,
-    packed,
-    policy_gradient,
-    replace,
-    svd_basis,
-    takes_masks,
-    to_json,
-)
+from boostlora import (BoostConfig, Booster, CEConfig, Completion, FullFineTuning, GRPOConfig,  # isort: skip
+                       InputError, RunConfig, TextTask, TinyLoRA, batch_size, boost, claim, completion_states,
+                       cross_entropy, find_targets, generate, generator, group_advantages, grpo,
+                       policy_gradient, replace, split, svd_basis, takes_masks, to_json)
 from train_code import Sandbox
 from train_math import grade
-from train_protein import LETTERS, LINKER, WORDS, PairClassifier, ProteinTask
+from train_protein import LETTERS, LINKER, WORDS, PairClassifier, ProteinTask, auc, f1, load_pairs
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("BOOSTLORA_DATA", "missing"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="BOOSTLORA_DATA names no folder")
-pytestmark = [pytest.mark.filterwarnings(f"error::{kind}:(boostlora|train_|test_|torch|transformers)")
-              for kind in ("FutureWarning", "DeprecationWarning")]  # where our own calls end up
-pytestmark += [pytest.mark.filterwarnings("ignore:No file system", "ignore:invalid escape")]
+ours = "(boostlora|train_|test_|torch|transformers)"  # where warnings about our own calls come up
+pytestmark = pytest.mark.filterwarnings(f"error::FutureWarning:{ours}", f"error::DeprecationWarning:{ours}",
+                                        "ignore:No file system", "ignore:invalid escape")
 torch.set_num_threads(1)  # for tiny matrices; --demo does so too
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
@@ -84,23 +57,20 @@ SIZES = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
          "intermediate_size": 48, "initializer_range": 0.2}
 QUESTIONS = ["has 7, sells 4, triples?", "has 12, wins 3?", "has 5?", "has 9, gives 1, doubles, buys 8?"]
 
-def make_model(kind, config, dtype, seed=0):
+def qwen(dtype=fp32, seed=0, kind=hf.Qwen2ForCausalLM, **options):
     torch.manual_seed(seed)
-    return kind(config).to(dtype).eval()
-
-def qwen(dtype=fp32, seed=0, **options):
-    sizes = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 1} | options
-    return make_model(hf.Qwen2ForCausalLM, hf.Qwen2Config(**sizes), dtype, seed)
+    sizes = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 1}
+    return kind(kind.config_class(**sizes | options)).to(dtype).eval()
 
 def sliding(dtype=fp32):
     return qwen(dtype, use_sliding_window=True, sliding_window=8, max_window_layers=1)
 
 def llama(dtype=fp32):
-    return make_model(hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES, eos_token_id=1), dtype)
+    return qwen(dtype, kind=hf.LlamaForCausalLM)
 
 def esm(dtype=fp32, **options):
-    more = {"position_embedding_type": "rotary", "mask_token_id": 30, "pad_token_id": 1, "token_dropout": False}
-    return make_model(EsmForSequenceClassification, hf.EsmConfig(**SIZES | more | options), dtype)
+    return qwen(dtype, kind=EsmForSequenceClassification, position_embedding_type="rotary", mask_token_id=30,
+                pad_token_id=1, token_dropout=False, **options)
 
 def refused(message, kind=InputError):
     return pytest.raises(kind, match=message)
@@ -118,11 +88,11 @@ def draw(v, t, scale=1.0):
     """Random numbers into v, as if round t had learned them."""
     v.copy_(scale * torch.randn(v.shape, generator=generator("v", t)))
 
-def trained(model, rounds=3, **options):
+def trained(model, rounds=3, scale=1.0, **options):
     """A booster after `rounds` rounds of random vectors."""
     booster = Booster(model, BoostConfig(**{"rounds": rounds, "u": 3, "groups": 4, **options}))
     for t in range(rounds):
-        draw(booster.attach(), t)
+        draw(booster.attach(), t, scale)
         booster.merge()
     return booster
 
@@ -151,28 +121,26 @@ def talker(toy):
 # ------------------------------------------------------------------------------------------------------------
 # Settings, basis, targets, layer
 
-@pytest.mark.parametrize(("kind", "flags", "named"), [
-    (BoostConfig, {"rank": 0}, "--rank 0: must be at least 1"), (BoostConfig, {"rounds": -1}, "--rounds -1"),
-    (BoostConfig, {"u": 0}, "--u 0"), (BoostConfig, {"replay": -2}, "--replay"), (BoostConfig, {"groups": -1}, "--groups"),
-    (BoostConfig, {"recheck": -0.1}, "--recheck"), (BoostConfig, {"accept": "worse"}, "--accept worse"),
-    (BoostConfig, {"basis": "bottom"}, "--basis bottom: must be one of rotate, top, top-decayed"),
-    (GRPOConfig, {"temperature": 0.0}, "--temperature"), (GRPOConfig, {"epochs": 0.0}, "--epochs 0"),
-    (GRPOConfig, {"group_size": 1}, "--group_size 1"), (GRPOConfig, {"lr": math.inf}, "--lr inf"),
-    (GRPOConfig, {"lr": math.nan}, "--lr nan"), (CEConfig, {"epochs": 0}, "--epochs 0"),
-    (RunConfig, {"limit": -1}, "--limit -1"), (RunConfig, {"dtype": "int8"}, "--dtype int8")])
-def test_flags_out_of_range_are_refused_by_name(kind, flags, named):
-    with refused(named):
-        kind(**flags)
+@pytest.mark.parametrize(("kind", "name", "value"), [
+    (BoostConfig, "rank", 0), (BoostConfig, "rounds", -1), (BoostConfig, "u", 0), (BoostConfig, "groups", -1),
+    (BoostConfig, "replay", -2), (BoostConfig, "recheck", -0.1), (BoostConfig, "accept", "worse"),
+    (BoostConfig, "basis", "bottom"), (GRPOConfig, "temperature", 0.0), (GRPOConfig, "epochs", 0.0),
+    (GRPOConfig, "group_size", 1), (GRPOConfig, "lr", math.inf), (GRPOConfig, "lr", math.nan),
+    (CEConfig, "epochs", 0), (RunConfig, "limit", -1), (RunConfig, "dtype", "int8")])
+def test_flags_out_of_range_are_refused_by_name(kind, name, value):
+    with refused(f"--{name} {value}: must be (one of|at least)"):
+        kind(**{name: value})
 
 @pytest.mark.parametrize("shape", [(200, 96), (96, 200), (128, 128)])
 @pytest.mark.parametrize("spectrum", ["decaying", "flat", "outliers", "orthogonal"])
-def test_svd_basis_agrees_with_float64_svd(shape, spectrum):
-    side, k, random = min(shape), 40, generator("svd", shape)
-    left, right = (torch.linalg.qr(torch.randn(n, side, generator=random).double()).Q for n in shape)
-    flat = 1 + torch.rand(side, generator=random).sort(descending=True).values
+def test_svd_basis_agrees_with_float64_svd(monkeypatch, shape, spectrum):
+    side, k, stream, eigh = min(shape), 40, generator("svd", shape), torch.linalg.eigh
+    left, right = (torch.linalg.qr(torch.randn(n, side, generator=stream).double()).Q for n in shape)
+    flat = 1 + torch.rand(side, generator=stream).sort(descending=True).values
     S = {"decaying": 100 ** (-torch.arange(side) / 39.0), "flat": flat, "orthogonal": flat**1e-4,
          "outliers": flat * torch.tensor([30.0, 10.0] + [1.0] * (side - 2))}[spectrum]
     weight = (left * S.double() @ right.T).float()
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: eigh(gram) if len(gram) == side else None)
     U, S, V = svd_basis(weight, k)
     exact = torch.linalg.svd(weight.double(), full_matrices=False)
     assert U.dtype == S.dtype == V.dtype == fp32 and (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
@@ -183,23 +151,20 @@ def test_svd_basis_agrees_with_float64_svd(shape, spectrum):
         assert (vectors.T @ vectors - torch.eye(k)).abs().max() < 1e-5
         assert ((vectors * theirs[:, :k]).sum(0).abs() > 0.9999)[apart].all()
     assert torch.allclose((U * S @ V.T).double(), exact.U[:, :k] * exact.S[:k] @ exact.Vh[:k], atol=1e-5)
-
-@pytest.mark.parametrize(("weight", "message"), [
-    (torch.ones(8, 8), "fewer than 4"), (torch.eye(3, 8), "no 4"), (torch.eye(8) / 0, "not finite")])
-def test_a_weight_without_k_triplets_is_refused(weight, message):
-    with refused(message):
-        svd_basis(weight, 4)
+    for bad in (torch.ones(shape), weight / 0, weight[:k - 1]):
+        with refused("the weight .* (not finite|no 40|fewer than 40)"):
+            svd_basis(bad, k)
 
 def test_targets_are_the_linears_of_the_language_model_s_blocks():
     names = list(find_targets(qwen()))
     assert len(names) == 2 * 7 and names[0] == "model.layers.0.self_attn.q_proj" and "lm_head" not in names
-    assert len(find_targets(esm())) == 2 * 6 and all(n.startswith("esm.encoder.") for n in find_targets(esm()))
+    assert len(find_targets(esm())) == 2 * 6 and "esm.encoder.layer.1.output.dense" in find_targets(esm())
     seeing = nn.Module()  # with a vision tower of more blocks
     seeing.tower, seeing.text = nn.ModuleList(nn.Linear(4, 4) for _ in range(9)), qwen()
     seeing.get_decoder = lambda: seeing.text.model
     assert list(find_targets(seeing)) == [f"text.{name}" for name in names]
     experts = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(5))}) for _ in range(2)]
-    mixture = nn.ModuleDict({"blocks": nn.ModuleList(experts), "head": nn.Linear(4, 4)})
+    mixture = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(4, 4)]), "blocks": nn.ModuleList(experts)})
     assert list(find_targets(mixture)) == [f"blocks.{i}.experts.{j}" for i in range(2) for j in range(5)]
     with refused("transformer.h.*Conv1D"):
         find_targets(hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=31)))
@@ -224,7 +189,8 @@ def test_the_layer_is_the_equation():
 
 def test_what_does_not_fit_is_refused_before_the_basis(monkeypatch):
     monkeypatch.setattr(boostlora, "svd_basis", None)
-    find_targets(whole := qwen())["model.layers.1.mlp.up_proj"].weight = nn.Parameter(torch.eye(32).char(), False)
+    linear = find_targets(whole := qwen())["model.layers.1.mlp.up_proj"]
+    linear.weight = nn.Parameter(torch.eye(32).char(), requires_grad=False)
     for model, config, message in [
             (qwen(), {"rank": 3, "rounds": 6}, "needs 18 singular .*layers.0.self_attn.k_proj .* has 16"),
             (qwen(), {"rank": 1, "groups": 999}, "--groups 999.*14 target"), (whole, {}, "int8.*unquantised"),
@@ -248,13 +214,12 @@ def test_attached_equals_merged(make, dtype, tolerance, basis):
     assert dtype == bf16 or (logits(model) - before).abs().max() > 10 * tolerance * before.abs().max()
 
 def test_modules_share_vectors_in_contiguous_blocks_in_depth_order():
-    booster = Booster(qwen(), BoostConfig(rounds=1, groups=4))
-    assert [*booster.group_of.values()] == sorted([0, 1, 2, 3] * 3 + [0, 2])
-    assert [*Booster(qwen(), BoostConfig(rounds=1, groups=0)).group_of.values()] == [*range(14)]
-    Ps = [booster.P(name, t) for name in booster.targets for t in range(2)]
+    few, many = (Booster(qwen(), BoostConfig(rounds=1, u=50, groups=groups)) for groups in (4, 0))
+    assert [*few.group_of.values()] == sorted([0, 1, 2, 3] * 3 + [0, 2])
+    assert [*many.group_of.values()] == [*range(14)]
+    Ps = [many.P(name, t) for name in many.targets for t in range(2)]
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(Ps, 2))
-    many = Booster(qwen(), BoostConfig(rounds=1, rank=4, u=50))
-    assert torch.cat([many.P(name, 0) for name in many.targets]).std() == pytest.approx(200**-0.5, rel=0.05)
+    assert torch.cat(Ps).std() == pytest.approx(100**-0.5, rel=0.05)
 
 def test_only_an_attached_adapter_is_merged_and_only_once():
     booster = Booster(qwen(), BoostConfig(rounds=2))
@@ -262,7 +227,7 @@ def test_only_an_attached_adapter_is_merged_and_only_once():
         with refused("no adapter", RuntimeError):
             booster.merge()
         draw(booster.attach(), 99)  # dropped, as another is attached
-        assert not booster.attach().any()
+        assert not booster.attach().any() and torch.equal(logits(booster.model), logits(qwen()))
         booster.merge()
         assert len(booster.vectors) == done + 1 and same_bits(bits(booster.model), bits(qwen()))
     with refused("all 2 rounds", RuntimeError):
@@ -279,45 +244,42 @@ def test_rank_grows_by_r_each_round_under_rotate_only(make, basis):
         booster.vectors = booster.vectors[:rounds]
         for name, rank in booster.rank().items():
             values = torch.linalg.svdvals(booster.delta(name).double())
-            assert int((values > 1e-6 * values[0]).sum()) == rank == 2 * (rounds if basis == "rotate" else rounds > 0)
+            assert rank == 2 * (rounds if basis == "rotate" else rounds > 0)
+            assert int((values > 1e-6 * values[0]).sum()) == rank
 
 def test_rotate_slices_are_orthogonal_and_top_decayed_only_moves_them():
     rotate, decayed = trained(qwen()), trained(qwen(), basis="top-decayed")
     for name in rotate.targets:
-        for (one, moved), (other, _) in itertools.permutations(zip(parts(rotate, name), parts(decayed, name)), 2):
+        rotated, moved, top = parts(rotate, name), parts(decayed, name), rotate.basis[name][0][:, :2]
+        for one, other in itertools.combinations(rotated, 2):
             assert max((one.T @ other).abs().max(), (one @ other.T).abs().max()) < 1e-5
-            assert torch.allclose(*(torch.linalg.svdvals(x)[:2] for x in (one, moved)), atol=1e-5)
-        top = rotate.basis[name][0][:, :2]
-        assert all(torch.allclose(top @ (top.T @ x), x, atol=1e-5) for x in parts(decayed, name))
+        for one, other in zip(rotated, moved, strict=True):
+            assert torch.allclose(*(torch.linalg.svdvals(x)[:2] for x in (one, other)), atol=1e-5)
+            assert torch.allclose(top @ (top.T @ other), other, atol=1e-5)
 
 @pytest.mark.parametrize("dtype", [fp32, bf16, fp16])
-def test_merging_is_one_rounding_and_touches_targets_only(dtype):
+def test_merging_is_one_rounding_of_targets_and_the_summary_tells_what_was_lost(dtype):
     base = bits(model := qwen(dtype, tie_word_embeddings=True))
-    booster = trained(model)
-    targets = {f"{name}.weight": booster.delta(name) for name in booster.targets}
+    booster, kept, squares = trained(model, rounds=2, scale=0.01), 0.0, 0.0
     for name, p in model.named_parameters():
-        exact = base[name].float() + targets.get(name, 0)
-        assert torch.equal(p, exact.to(dtype)) and torch.equal(p, base[name]) == (name not in targets)
+        delta = booster.delta(target) if (target := name.removesuffix(".weight")) in booster.targets else None
+        assert torch.equal(p, base[name] if delta is None else (base[name].float() + delta).to(dtype))
+        if delta is not None:
+            kept += ((p.float() - base[name].float()) * delta).sum()
+            squares += delta.square().sum()
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
-
-def test_summary_is_about_the_deltas():
-    base = bits(model := qwen(bf16))
-    booster = trained(model, rounds=2)
-    summary, deltas = booster.summary(), {name: booster.delta(name) for name in booster.targets}
-    squares = sum(float(d.square().sum()) for d in deltas.values())
-    kept = sum(float(((m.weight.float() - base[f"{name}.weight"].float()) * deltas[name]).sum())
-               for name, m in booster.targets.items())
-    assert summary["total_norm"] == pytest.approx(math.sqrt(squares), rel=1e-4)
-    assert summary["fidelity"] == pytest.approx(kept / squares, rel=1e-4) and summary["rank"] == {"min": 4, "max": 4}
+    summary = booster.summary()
+    assert summary["total_norm"] == pytest.approx(float(squares) ** 0.5, rel=1e-4)
+    assert summary["fidelity"] == pytest.approx(float(kept / squares), rel=1e-4)
+    assert (summary["fidelity"] < 0.99) == (dtype == bf16)
     booster.vectors[0].zero_()
     assert summary["norm"] == pytest.approx(booster.summary()["total_norm"], rel=1e-5)
 
 @pytest.mark.parametrize("dtype", [fp32, bf16])
 def test_rollback_save_load_give_the_same_bits(tmp_path, dtype):
     def fresh():
-        first = next(iter(find_targets(model := qwen(dtype)).values()))
-        first.weight.data[0, 0] = -0.0  # a sum with +0.0 would lose the sign
+        next(iter(find_targets(model := qwen(dtype)).values())).weight.data[0, 0] = -0.0  # not 0.0 after + 0
         return model
 
     path, history = tmp_path / "adapters.safetensors", [bits(fresh())]
@@ -327,26 +289,24 @@ def test_rollback_save_load_give_the_same_bits(tmp_path, dtype):
         booster.merge()
         history.append(bits(model))
     booster.save(path)
-    for rounds in (3, 2, 1, 0):
-        loaded = Booster.load(fresh(), path, rounds=rounds)
-        assert same_bits(bits(loaded.model), history[rounds]) and len(loaded.vectors) == rounds
+    for rounds, weights in enumerate(history):
+        assert same_bits(bits(Booster.load(fresh(), path, rounds=rounds).model), weights)
     loaded = Booster.load(fresh(), path, weights=[1, 0.5, 0])
     for name, linear in loaded.targets.items():
         first, second, _ = parts(booster, name)
         expected = history[0][f"{name}.weight"].float() + first + 0.5 * second
         assert torch.allclose(linear.weight.float(), expected, atol=1e-5 if dtype == fp32 else 2e-2)
-    with refused("there are 3 rounds"):
-        booster.rollback(4)
     for back, left in ((1, 2), (3, 0)):
         booster.rollback(back)
         assert same_bits(bits(model), history[left]) and len(booster.vectors) == 3
-    assert math.copysign(1, float(next(iter(booster.targets.values())).weight.detach()[0, 0])) == -1
+    assert next(iter(booster.targets.values())).weight[0, 0].signbit()
+    with refused("there are 3 rounds"):
+        booster.rollback(4)
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
-    path = tmp_path / "adapters.safetensors"
-    booster = trained(qwen())
+    path, booster = tmp_path / "adapters.safetensors", trained(qwen())
     booster.save(path)
-    assert path.stat().st_size < 20_000
+    assert (whole := path.read_bytes()) and len(whole) < 20_000
     for model, options, message in [
             (qwen(seed=1), {}, "another base model"), (qwen(bf16), {}, "another --dtype"),
             (qwen(), {"rounds": 4}, "3 rounds, not 4"), (qwen(), {"weights": [1.0]}, "as many weights")]:
@@ -355,7 +315,6 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     for option in ({"rank": 1}, {"seed": 1}, {"basis": "top"}, {"groups": 2}, {"u": 2}, {"rounds": 2}):
         with refused(next(iter(option))):
             Booster(qwen(), dataclasses.replace(booster.config, **option)).resume(path)
-    whole = path.read_bytes()
     booster.vectors[1][0, 0] = math.nan
     booster.save(path)
     for content, message in [(path.read_bytes(), "not finite"), (whole[:-10], "damaged"), (b"", "damaged"),
@@ -363,16 +322,14 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
         path.write_bytes(content)
         with refused(message):
             Booster.load(qwen(), path)
-    with refused("is missing"):
-        Booster.load(qwen(), tmp_path / "nothing")
 
-@pytest.mark.parametrize(("angle", "sign", "fits"), [(0.5, 1, False), (0, -1, False), (1e-4, 1, True)])
-def test_another_machine_s_basis_is_noticed(tmp_path, monkeypatch, angle, sign, fits):
+@pytest.mark.parametrize(("angle", "fits"), [(0.5, False), (math.pi, False), (1e-4, True)])
+def test_another_machine_s_basis_is_noticed(tmp_path, monkeypatch, angle, fits):
     trained(qwen()).save(tmp_path / "adapters.safetensors")
-    turn = sign * torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     calls = itertools.count()
 
-    def theirs(*given):  # of the first target, two near-equal triplets mixed, or with the other sign
+    def theirs(*given):  # of the first target, two near-equal triplets are mixed, or of the other sign
         U, S, V = svd_basis(*given)
         for vectors in (U, V) if next(calls) == 0 else ():
             vectors[:, :2] = vectors[:, :2] @ turn
@@ -400,20 +357,33 @@ def test_the_lora_export_is_the_exact_sum(tmp_path, make):
 # ------------------------------------------------------------------------------------------------------------
 # Generation
 
-@pytest.mark.parametrize(("make", "length", "cache_tokens", "batches"), [
-    (None, 24, 0, 1), (None, 24, 250, 2), (None, 24, 1, 5), (qwen, 120, 0, 1), (llama, 120, 0, 1), (sliding, 120, 0, 5)])
-def test_greedy_equals_transformers_token_for_token(talker, make, length, cache_tokens, batches):
+@pytest.mark.parametrize(("make", "length", "size"), [
+    (None, 24, 9), (None, 24, 2), (None, 24, 1), (qwen, 90, 9), (llama, 90, 9), (sliding, 90, 9)])
+def test_greedy_equals_transformers_token_for_token(monkeypatch, talker, make, length, size):
+    monkeypatch.setattr(boostlora, "batch_size", lambda *_: size)
     model, tokenizer = make() if make else talker[0], talker[1]
     model.generation_config.eos_token_id = [1] if make else [1, tokenizer.convert_tokens_to_ids("7")]
-    questions, widths, expected = [*QUESTIONS, "has 1, " + "buys 2, " * 20], [], []
+    questions, expected = [*QUESTIONS, "has 1, " + "buys 2, " * 20], []
     for text in (tokenizer(question, return_tensors="pt") for question in questions):
-        expected += model.generate(**text, max_new_tokens=length, do_sample=False)[:, text["input_ids"].shape[1]:].tolist()
-    model.base_model.register_forward_pre_hook(lambda m, x, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True)
+        done = model.generate(**text, max_new_tokens=length, do_sample=False)
+        expected += done[:, text["input_ids"].shape[1]:].tolist()
     tokenizer.pad_token = None  # none is needed
-    ours = generate(model, tokenizer, questions, max_new_tokens=length, cache_tokens=cache_tokens)
+    ours = generate(model, tokenizer, questions, max_new_tokens=length)
     assert [c.tokens for c in ours] == expected and len({len(c.tokens) for c in ours}) > 1
     assert [c.text for c in ours] == [tokenizer.decode(c.tokens, skip_special_tokens=True) for c in ours]
-    assert sum(width > 1 for width in widths) == batches  # 250: the long one and the next, the others
+
+def test_a_batch_fits_in_memory_and_is_hardly_padded():
+    model = qwen()
+    assert batch_size(model, [60] * 10**6, 1, 40) == 2**31 // (100 * 2 * 2 * 2 * 8 * 4 + 16 * 31)  # in fp32
+    model.config.vocab_size = 2**31 // 16 // 7  # so that 6 rows fit
+    assert [batch_size(model, [20] * 9, n, 5) for n in (1, 2, 3, 7)] == [6, 3, 2, 1]
+    lengths = [3752, 900, 480, *sorted((60 + 370 * i // 97 for i in range(97)), reverse=True)] * 5
+    real, padded, left = sum(lengths), 0, sorted(lengths, reverse=True)
+    while left:
+        size = batch_size(qwen(), left, 1, 160)
+        padded, left = padded + size * left[0], left[size:]
+    assert padded < 1.3 * real
+    assert batch_size(qwen(), [3752, 300], 8, 160) == 1 and batch_size(qwen(), [430] + [150] * 7, 8, 160) == 8
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_are_those_of_a_forward_pass(talker, temperature):
@@ -426,10 +396,18 @@ def test_sampled_logprobs_are_those_of_a_forward_pass(talker, temperature):
         assert (torch.tensor(c.logprobs) - expected).abs().max() < 1e-5
         assert c.tokens.index(1) == len(c.tokens) - 1 if 1 in c.tokens else len(c.tokens) == 20
 
-def test_a_draw_depends_on_seed_and_prompt_not_on_the_batch(talker):
-    one, other, third = ([c.tokens for c in generate(*talker, QUESTIONS, 3, 1.0, 20, seed, cache_tokens)]
-                         for seed, cache_tokens in [(5, 0), (5, 1), (6, 0)])
+def test_a_draw_depends_on_seed_and_prompt_not_on_the_batch_or_the_random_state(monkeypatch, talker):
+    state = torch.get_rng_state()
+    one, third = ([c.tokens for c in generate(*talker, QUESTIONS, 3, 1.0, 20, seed)] for seed in (5, 6))
+    monkeypatch.setattr(boostlora, "batch_size", lambda *_: 1)
+    other = [c.tokens for c in generate(*talker, QUESTIONS, 3, 1.0, 20, 5)]
     assert one == other != third and len(set(map(tuple, one[:3]))) > 1
+    assert torch.equal(state, torch.get_rng_state()) and generate(*talker, []) == []
+    dropping, model = qwen(attention_dropout=0.9).train(), qwen()
+    one, other = (generate(m, talker[1], QUESTIONS, 2, 1.0, max_new_tokens=9) for m in (dropping, model))
+    assert one == other
+    with refused("no token"):
+        generate(*talker, ["has 1?", ""])
 
 def test_samples_follow_the_untruncated_distribution(talker):
     model, tokenizer = talker
@@ -440,39 +418,34 @@ def test_samples_follow_the_untruncated_distribution(talker):
     frequency = torch.bincount(torch.tensor(first), minlength=len(p)) / len(first)
     assert (frequency - p).abs().max() < 0.03 and (p > 0.01).sum() > 1
 
-def test_generate_uses_no_dropout_and_leaves_the_random_state_alone(talker):
-    model, tokenizer, state = qwen(attention_dropout=0.9).train(), talker[1], torch.get_rng_state()
-    done = generate(model, tokenizer, QUESTIONS, 2, 1.0, max_new_tokens=9)
-    assert torch.equal(state, torch.get_rng_state()) and generate(model, tokenizer, []) == []
-    assert done == generate(qwen(), tokenizer, QUESTIONS, 2, 1.0, max_new_tokens=9)
-    with refused("no token"):
-        generate(model, tokenizer, ["has 1?", ""])
-
-def test_prompts_are_encoded_once_without_padding_and_finished_rows_leave(talker):
+def test_prompts_are_encoded_once_and_finished_rows_leave(talker):
     model, tokenizer = talker
     shapes, lengths = [], [len(ids) for ids in tokenizer(QUESTIONS)["input_ids"]]
-    hook = lambda m, x, options: shapes.append(options["input_ids"].shape) or None
+    hook = lambda m, x, options: shapes.append(options["input_ids"].shape) or None  # noqa: E731
     model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     done = generate(model, tokenizer, QUESTIONS, 8, 1.0, max_new_tokens=20)
-    assert shapes[0] == (1, sum(lengths)) and shapes[1][0] == 4 * 8 and shapes[-1][0] < 4 * 8
-    for step, (count, width) in enumerate(shapes[1:], 1):
-        going = sum(len(c.tokens) > step for c in done)
-        assert width == 1 and going <= count < 8 / 7 * going + 1  # an eighth leaves together
+    going = [sum(len(c.tokens) > step for c in done) for step in range(len(shapes) - 1)]
+    rows = [count for count, width in shapes[1:] if width == 1]
+    assert shapes[0] == (4, max(lengths) - 1) and rows[0] == 4 * 8 and rows[-1] < 4 * 8 and rows != going
+    assert all(n <= count < 8 / 7 * n + 1 for n, count in zip(going, rows, strict=True))  # an eighth at once
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])  # from transformers 5.24 on, and before
 def test_the_cache_is_passed_under_its_name_and_used(talker, name):
     model, tokenizer = talker
     expected = [c.tokens for c in generate(model, tokenizer, QUESTIONS, max_new_tokens=9)]
     outer, inner = model.forward, model.base_model.forward
-    own = "cache" if "cache" in inspect.signature(inner).parameters else "past_key_values"
+    own, = {"cache", "past_key_values"} & inspect.signature(inner).parameters.keys()
     if name == "cache":
         model.forward = lambda cache, **more: outer(**{own: cache}, **more)
         model.base_model.forward = lambda cache=None, **more: inner(**{own: cache, **more})
     else:
         model.forward = lambda past_key_values, **more: outer(**{own: past_key_values}, **more)
-        model.base_model.forward = lambda past_key_values=None, **more: inner(**{own: past_key_values, **more})
+        model.base_model.forward = lambda past_key_values=None, **m: inner(**{own: past_key_values, **m})
     assert [c.tokens for c in generate(model, tokenizer, QUESTIONS, max_new_tokens=9)] == expected
-    model.base_model.forward = lambda cache=None, past_key_values=None, **more: inner(**more)
+    if name == "cache":
+        model.base_model.forward = lambda cache=None, **more: inner(**more)
+    else:
+        model.base_model.forward = lambda past_key_values=None, **more: inner(**{**more, own: None})
     with refused("does not use its cache"):
         generate(model, tokenizer, QUESTIONS, max_new_tokens=9)
 
@@ -483,7 +456,7 @@ def test_advantages_by_hand():
     r = [0.5, 0.1, 0.2, 0.4]
     a = group_advantages([1, 0, 0, 0, *r, 1, 1, 1, 1, 0.1 + 0.2, 0.3, 0.3, 0.3 + 1e-6], 4)
     assert torch.allclose(a[0], torch.tensor([3.0, -1, -1, -1]) / math.sqrt(3))
-    assert torch.allclose(a[1], (torch.tensor(r) - 0.3) / np.std(r)) and not a[2:].any()  # float noise is none
+    assert torch.allclose(a[1], (torch.tensor(r) - 0.3) / np.std(r)) and not a[2:].any()  # nor float noise
 
 def parity(indices, texts):
     """A reward with some variance, and none for the first prompt."""
@@ -498,7 +471,7 @@ def test_the_gradient_is_the_hand_computed_one(talker, make, budget):
     seen, sizes, trained, loss = [], [], [], 0.0
     hook = model.base_model.register_forward_pre_hook(
         lambda m, x, k: None if k["use_cache"] else sizes.append(k["input_ids"].numel()), with_kwargs=True)
-    stats = grpo(model, tokenizer, QUESTIONS, lambda *given: seen.append(given) or parity(*given), v, config, 2, 7)
+    stats = grpo(model, tokenizer, QUESTIONS, lambda *x: seen.append(x) or parity(*x), v, config, 2, seed=7)
     hook.remove()
     ours, order = v.grad.clone(), torch.randperm(4, generator=generator(7, "order", 2)).tolist()
     done = generate(model, tokenizer, [QUESTIONS[i] for i in order], 6, 0.8, 12, (7, 2, 0))
@@ -514,37 +487,35 @@ def test_the_gradient_is_the_hand_computed_one(talker, make, budget):
     theirs, = torch.autograd.grad(loss / sum(new for _, new in trained), v)
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max() and ours.abs().min() > 0
     assert stats["steps"] == 1 and stats["completions"] == 24 and stats["logprob_gap"] < 1e-5
-    assert 1 <= stats["flat_groups"] == 4 - len(trained) / 6 < 4 and stats["reward"] == pytest.approx(rewards.mean())
+    assert 1 <= stats["flat_groups"] == 4 - len(trained) / 6 < 4
+    assert stats["reward"] == pytest.approx(float(rewards.mean()))
     if budget == 1 or make:  # no mask of ours: one completion a row
         assert sorted(sizes) == sorted(map(sum, trained))
     else:  # in one sequence each prompt stands once
-        assert max(sizes) <= budget and len(sizes) < len(trained) and (budget == 60 or sizes == [
-            sum(new for _, new in trained) + sum(prompt for prompt, _ in trained[::6])])
+        assert max(sizes) <= budget and len(sizes) < len(trained) and (budget == 60 or sum(sizes) == (
+            sum(new for _, new in trained) + sum(prompt for prompt, _ in trained[::6])))
 
 COMPLETIONS = [Completion("", tokens, [0.0] * len(tokens))
                for tokens in ([8, 9, 3], [8, 9, 3, 4, 4], [7], [8, 5, 3], [8, 9, 3], [7, 7, 7, 9])]
 
-def test_packs_hold_their_budget_and_each_completion_once():
-    samples = [(prompt, c, 1.0) for prompt in ([5, 6, 2], [4], [5, 6, 2], [3] * 20) for c in COMPLETIONS]
-    assert [len(pack) for pack in packed(samples[:6], 9)] == [1, 2, 2, 1]  # 3 + 3, 3 + 5 + 1, 3 + 3 + 3, 3 + 4
-    for limit in (0, 9, 22, 30, 10**6):
-        packs = list(packed(samples, limit))
-        assert [sample for pack in packs for sample in pack] == samples and (limit < 10**6 or len(packs) == 1)
-        for pack in packs:
-            once = {id(prompt): len(prompt) for prompt, _, _ in pack}
-            assert len(pack) == 1 or sum(once.values()) + sum(len(c.tokens) for _, c, _ in pack) <= limit
+@pytest.mark.parametrize(("limit", "sizes"), [(0, [1] * 6), (9, [1, 2, 2, 1]), (99, [6])])
+def test_parts_of_a_group_hold_their_budget_and_each_completion_once(limit, sizes):
+    parts = split([5, 6, 2], COMPLETIONS, range(6), limit)  # of 3, 5, 1, 3, 3 and 4 tokens
+    assert [len(completions) for _, completions, _ in parts] == sizes
+    assert [c for _, completions, _ in parts for c in completions] == COMPLETIONS
+    assert [a for _, _, advantages in parts for a in advantages] == [*range(6)]
 
-@pytest.mark.parametrize(("make", "dtype", "tolerance"), [(qwen, fp32, 1e-5), (llama, fp32, 1e-5), (qwen, bf16, 0.05)])
+@pytest.mark.parametrize(("make", "dtype", "tolerance"), [
+    (qwen, fp32, 1e-5), (llama, fp32, 1e-5), (qwen, bf16, 0.05)])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_in_a_pack_each_completion_sees_its_prompt_and_itself_alone(make, dtype, tolerance, attention):
-    model, one, other = make(dtype), [5, 6, 2], [4]
+def test_each_completion_sees_its_prompt_and_itself_alone(make, dtype, tolerance, attention):
+    model, prompt = make(dtype), [5, 6, 2]
     model.set_attn_implementation(attention)
-    pack = [(one, c, 1.0) for c in COMPLETIONS] + [(other, c, 1.0) for c in COMPLETIONS[:2]]
-    together = completion_states(model, pack).split([len(c.tokens) for _, c, _ in pack])
-    for sample, states in zip(pack, together, strict=True):
-        whole = model.base_model(torch.tensor([sample[0] + sample[1].tokens])).last_hidden_state[0]
-        for alone in (whole[len(sample[0]) - 1:-1], completion_states(model, [sample])):
+    together = completion_states(model, prompt, COMPLETIONS).split([len(c.tokens) for c in COMPLETIONS])
+    for completion, states in zip(COMPLETIONS, together, strict=True):
+        whole = model.base_model(torch.tensor([prompt + completion.tokens])).last_hidden_state[0]
+        for alone in (whole[len(prompt) - 1:-1], completion_states(model, prompt, [completion])):
             logprobs = [model.lm_head(x).float().log_softmax(-1) for x in (states, alone)]
             assert torch.allclose(*logprobs, atol=tolerance * float(logprobs[0].abs().max()))
 
@@ -554,7 +525,7 @@ def test_the_logits_of_a_batch_never_exist(talker):
     model.get_output_embeddings().register_forward_hook(lambda m, x, out: heights.append(out.shape[0]))
     for model.config.vocab_size in (31, 2**25 // 8):
         v.grad = None
-        gap = policy_gradient(model, [([5, 6, 7], c, 1.0 - i) for i, c in enumerate(COMPLETIONS)], 0.9)
+        gap = policy_gradient(model, [5, 6, 7], COMPLETIONS, [1.0 - i for i in range(6)], 0.9)
         gradients.append(v.grad)
     assert heights == [19, 8, 8, 3] and torch.allclose(*gradients, atol=1e-5) and gradients[0].all()
     assert gap > 1  # against log-probabilities of 0
@@ -562,12 +533,14 @@ def test_the_logits_of_a_batch_never_exist(talker):
 def test_which_models_take_our_masks():
     sizes = {"vocab_size": 31, "hidden_size": 32}
     local = hf.GPTNeoConfig(**sizes, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]])
-    others = (hf.FalconForCausalLM(hf.FalconConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, alibi=True)),
-              hf.BloomForCausalLM(hf.BloomConfig(**sizes, n_layer=1)), hf.GPTNeoForCausalLM(local), sliding())
-    model = qwen()
-    assert takes_masks(model) and takes_masks(llama()) and not any(map(takes_masks, others))
+    falcon = hf.FalconConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, alibi=True)
+    others = (hf.FalconForCausalLM(falcon), hf.BloomForCausalLM(hf.BloomConfig(**sizes, n_layer=1)),
+              hf.GPTNeoForCausalLM(local), sliding())
+    assert takes_masks(model := qwen()) and takes_masks(chunked := llama())
+    assert not any(map(takes_masks, others))
+    chunked.config.layer_types = ["full_attention", "chunked_attention"]
     model.config._attn_implementation = "flash_attention_2"
-    assert not takes_masks(model)
+    assert not takes_masks(model) and not takes_masks(chunked)
 
 SHORT = GRPOConfig(group_size=4, max_new_tokens=8)
 
@@ -576,13 +549,14 @@ SHORT = GRPOConfig(group_size=4, max_new_tokens=8)
 def test_a_grpo_round_moves_v_alone(talker, make, dtype):
     before, v = bits(model := make(dtype)), Booster(model, BoostConfig(rounds=1)).attach()
     grpo(model, talker[1], QUESTIONS, parity, v, dataclasses.replace(SHORT, epochs=2))
-    assert v.abs().min() > 0 and same_bits(before, bits(model)) and all(p.grad is None for p in model.parameters())
+    assert v.abs().min() > 0 and same_bits(before, bits(model))
+    assert all(p.grad is None for p in model.parameters())
 
-@pytest.mark.parametrize(("epochs", "prompts", "steps"), [(1.0, 2, 2), (1.5, 3, 2), (2.25, 3, 3), (0.1, 9, 1)])
+@pytest.mark.parametrize(("epochs", "prompts", "steps"), [(1, 2, 2), (1.5, 3, 2), (2.25, 3, 3), (2, 9, 2)])
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])  # of rewards
 def test_steps_follow_from_epochs_and_failures(talker, epochs, prompts, steps, kind):
     asked, v = [], Booster(talker[0], BoostConfig(rounds=1)).attach()
-    stats = grpo(*talker, QUESTIONS, lambda i, texts: asked.append(i) or kind([0.0, 1, 1, 1] * (len(i) // 4)), v,
+    stats = grpo(*talker, QUESTIONS, lambda i, _: asked.append(i) or kind([0.0, 1, 1, 1] * (len(i) // 4)), v,
                  dataclasses.replace(SHORT, epochs=epochs, prompts=prompts))
     assert stats["steps"] == len(asked) == steps and json.dumps(stats)
     assert stats["completions"] == sum(map(len, asked)) == steps * min(prompts, 4) * 4
@@ -593,11 +567,11 @@ def test_no_variance_teaches_nothing_and_says_so(talker):
     v = booster.attach()
     stats = grpo(*talker, QUESTIONS, lambda indices, texts: [1.0] * len(texts), v, SHORT)
     booster.merge()
-    assert not v.any() and stats["steps"] == 0 and stats["flat_groups"] == 4 and "nothing could be" in stats["note"]
+    assert not v.any() and (stats["steps"], stats["flat_groups"]) == (0, 4) and "nothing" in stats["note"]
     assert same_bits(before, bits(talker[0])) and len(booster.vectors) == 1
 
 def test_a_wrong_reward_gradient_policy_or_model_stops_the_round(talker):
-    model, _ = talker
+    model, tokenizer = talker
     v = Booster(model, BoostConfig(rounds=1)).attach()
     for reward in (lambda _, texts: [math.nan] * len(texts), lambda _, texts: [1.0]):
         with refused("finite number for each"):
@@ -618,21 +592,17 @@ def test_cross_entropy_lowers_the_loss_and_moves_v_alone():
     model, labels, passes = esm(hidden_dropout_prob=0.9).train(), torch.tensor([0, 1, 1]), []
     before, v = bits(model), Booster(model, BoostConfig(rounds=1, u=4, groups=0)).attach()
     batch = (inputs(), labels)
-    stats = cross_entropy(model, lambda: passes.append(1) or iter([batch] * 2), v, CEConfig(epochs=6))
-    assert stats["first_loss"] == pytest.approx(float(nn.functional.cross_entropy(logits(esm()), labels)), abs=1e-5)
+    config = CEConfig(epochs=6, max_grad_norm=1e-3)
+    stats = cross_entropy(model, lambda: passes.append(1) or iter([batch] * 2), v, config)
+    first = nn.functional.cross_entropy(logits(esm()), labels)
+    assert stats["first_loss"] == pytest.approx(float(first), abs=1e-5)  # without dropout
     assert stats["last_loss"] < stats["first_loss"] and len(passes) == 6 and stats["steps"] == 12
-    assert v.any() and same_bits(before, bits(model))
+    assert v.any() and same_bits(before, bits(model)) and v.grad.norm() == pytest.approx(1e-3, rel=1e-3)
     with refused("no batch"):
         cross_entropy(model, lambda: iter([]), v, CEConfig())
     v.register_hook(lambda grad: grad * math.nan)
     with refused("--lr", FloatingPointError):
         cross_entropy(model, lambda: iter([batch]), v, CEConfig())
-
-@pytest.mark.parametrize("largest", [1e-3, 1e9])
-def test_the_gradient_is_clipped_to_its_norm(largest):
-    (v := nn.Parameter(torch.zeros(2))).grad = torch.tensor([6.0, 8])
-    boostlora.descend(torch.optim.SGD([v], lr=1.0), [v], largest, total=2)
-    assert float(v.detach().norm()) == pytest.approx(min(largest, 5.0), rel=1e-3)
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop and the run folder
@@ -679,7 +649,8 @@ def test_the_record_is_complete_and_adds_up(tmp_path, capsys):
     lines, _ = state(tmp_path)
     assert len(records) == 5 and [r["round"] for r in lines] == [0, 1, 2, 3, 4]
     for before, after in itertools.pairwise(lines):
-        assert after["failures"] == before["failures"] - after["fixed"] + after["regressed"] == len(after["failed"])
+        assert after["failures"] == len(after["failed"])
+        assert after["failures"] == before["failures"] - after["fixed"] + after["regressed"]
         assert after["train_accuracy"] == pytest.approx(1 - after["failures"] / 12)
         assert after["steps"] == 6 and after["norm"] > 0 and after["train_size"] == 12
         assert after["loss"] == after["train_half"] == 0.5  # were a tensor and a number of numpy
@@ -687,13 +658,14 @@ def test_the_record_is_complete_and_adds_up(tmp_path, capsys):
     assert ["held_accuracy" in r for r in lines] == [True, False, True, False, True]
     assert [r["rank"]["max"] for r in lines] == [0, 2, 4, 6, 8]
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config.items() >= {**dataclasses.asdict(CONFIG), "lr": 0.05}.items() and config["versions"]["torch"]
-    assert same_bits(bits(saved(tmp_path)), bits(model))
-    assert torch.allclose(logits(saved(tmp_path)), logits(model), atol=2e-6)
+    assert config.items() >= {**vars(CONFIG), "lr": 0.05}.items() and config["versions"]["torch"]
+    again = saved(tmp_path)
+    assert same_bits(bits(again), bits(model)) and torch.allclose(logits(again), logits(model), atol=2e-6)
     printed = capsys.readouterr().out
     assert "to go" in printed and "round  4/4" in printed and "regressed" in printed
 
-@pytest.mark.parametrize(("learner", "config"), [(Booster, CONFIG), (Booster, WARY), (FullFineTuning, CONFIG)])
+@pytest.mark.parametrize(("learner", "config"), [
+    (Booster, CONFIG), (Booster, WARY), (FullFineTuning, CONFIG)])
 def test_broken_off_anywhere_it_continues_to_the_same_bits(tmp_path, learner, config):
     records, model = run_words(tmp_path / "whole", learner, config=config)
     expected = state(tmp_path / "whole")
@@ -722,33 +694,35 @@ def test_more_rounds_continue_a_finished_run_and_fewer_are_refused(tmp_path):
 def test_damaged_state_is_named_and_nothing_is_overwritten(tmp_path):
     run_words(tmp_path, settings={"lr": 1})
     files = {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
-    vectors, lines, config = "adapters.safetensors", "rounds.jsonl", "config.json"
-    for match, name, change, options in [
-            (f"{vectors} is damaged", vectors, lambda old: old[:-7], {}), (f"{vectors} is missing", vectors, None, {}),
-            ("line 5 is damaged", lines, lambda old: old[:-30], {}), (f"{lines} is missing", lines, None, {}),
-            ("line 1 is damaged", lines, lambda old: old.replace(b'"failures"', b'"failure"'), {}),
-            ("line 2 is damaged", lines, lambda old: old.replace(b'"round": 1', b'"round": 3'), {}),
-            (f"{config} is damaged", config, lambda old: b"{", {}), (f"{config} is missing", config, None, {}),
-            (f"{config} is damaged", config, lambda old: b"5", {}),
-            ("another run.*data", config, lambda old: old.replace(b'"data": "', b'"data": "0'), {}),
-            ("another run.*seed 0 there, 1 here", "", None, {"config": dataclasses.replace(CONFIG, seed=1)}),
-            ("another run.*rank 2 there, 1 here", "", None, {"config": dataclasses.replace(CONFIG, rank=1)}),
-            ("another run.*lr 1 there, 2 here", "", None, {"settings": {"lr": 2}}),
-            ("another run.*lr 1 there, None here", "", None, {"settings": {}}),
-            ("another run.*top_p None there, 1 here", "", None, {"settings": {"lr": 1, "top_p": 1}}),
-            ("another base model", "", None, {"learner": lambda _, config: Booster(esm(bf16), config)}),
-            (f"{vectors} is of round -1, not 4", "", None, {"learner": FullFineTuning}),
-            (f"{vectors} could not be", vectors, lambda old: b"x", {"learner": FullFineTuning})]:
-        damaged = {**files, **({tmp_path / name: change(files[tmp_path / name])} if change else {})}
-        [f.write_bytes(content) for f, content in damaged.items()]
-        if name and not change:
-            damaged.pop(tmp_path / name)
-            (tmp_path / name).unlink()
+    config, lines, vectors = map(tmp_path.joinpath, ("config.json", "rounds.jsonl", "adapters.safetensors"))
+    for match, path, change in [
+            ("safetensors is damaged", vectors, lambda old: old[:-7]), ("tensors is damaged, missing", vectors, None),
+            ("line 5 is damaged", lines, lambda old: old[:-30]), ("rounds.jsonl is missing", lines, None),
+            ("line 1 is damaged", lines, lambda old: old.replace(b'"failures"', b'"failure"')),
+            ("line 2 is damaged", lines, lambda old: old.replace(b'"round": 1', b'"round": 3')),
+            ("config.json is damaged", config, lambda old: b"{"), ("config.json is missing", config, None),
+            ("config.json is damaged", config, lambda old: b"5"),
+            ("another run.*data", config, lambda old: old.replace(b'"data": "', b'"data": "0'))]:
+        path.write_bytes(change(files[path])) if change else path.unlink()
+        damaged = {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+        with refused(match):
+            run_words(tmp_path, settings={"lr": 1})
+        assert damaged == {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+        path.write_bytes(files[path])
+    for match, options in [
+            ("seed 0 there, 1 here", {"config": dataclasses.replace(CONFIG, seed=1)}),
+            ("rank 2 there, 1 here", {"config": dataclasses.replace(CONFIG, rank=1)}),
+            ("lr 1 there, 2 here", {"settings": {"lr": 2}}), ("lr 1 there, None here", {"settings": {}}),
+            ("top_p None there, 1 here", {"settings": {"lr": 1, "top_p": 1}}),
+            ("another base model", {"learner": lambda _, config: Booster(esm(bf16), config)}),
+            ("of round -1, not 4", {"learner": FullFineTuning})]:
         with refused(match):
             run_words(tmp_path, **{"settings": {"lr": 1}, **options})
-        assert damaged == {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
-    [f.write_bytes(content) for f, content in files.items()]
-    run_words(tmp_path, settings={"lr": 1, "workers": 9, "cache_tokens": 9})  # these change no result
+        assert files == {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    run_words(tmp_path, settings={"lr": 1, "workers": 9, "micro_batch_tokens": 9})  # these change no result
+    vectors.write_bytes(b"x")
+    with refused("adapters.safetensors could not be loaded"):
+        run_words(tmp_path, FullFineTuning, settings={"lr": 1})
 
 def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
     def full(*_):
@@ -807,13 +781,15 @@ def test_the_loop_stops_when_nothing_fails_and_refuses_no_data(tmp_path):
 
 def test_test_figures_are_paired_with_those_of_the_base_model(tmp_path):
     first, middle, last = Script({0, 50, 51}, {0, 51, 52, 53}, {0, 50, 52}).run(tmp_path, rounds=2)
-    figures = [[r[f"held_{name}"] for name in ("fixed", "regressed", "failed", "accuracy")] for r in (first, last)]
+    names = "held_fixed", "held_regressed", "held_failed", "held_accuracy"
+    figures = [[record[name] for name in names] for record in (first, last)]
     assert figures == [[0, 0, [0, 1], 0.5], [1, 1, [0, 2], 0.5]] and "held_failed" not in middle
 
 def test_with_recheck_a_round_looks_at_failures_and_a_seeded_share(tmp_path):
     wrong = {0, 1, 2, 3}, {1, 2, 3, 8, 9, 10, 11}, {2, 3, 8}, {3, 9}
     tasks = [Script(*wrong) for _ in range(3)]
-    records, _, _ = (task.run(tmp_path / f"{i}", rounds=3, recheck=0.25, seed=i // 2) for i, task in enumerate(tasks))
+    records, *_ = [task.run(tmp_path / f"{i}", rounds=3, recheck=0.25, seed=i // 2)
+                   for i, task in enumerate(tasks)]
     assert tasks[0].asked == tasks[1].asked != tasks[2].asked
     first, _, *looked, last, _ = tasks[0].asked
     assert first == last == [*range(12)] and records[3]["failed"] == [3, 9] and len(looked) == 2
@@ -823,6 +799,8 @@ def test_with_recheck_a_round_looks_at_failures_and_a_seeded_share(tmp_path):
         assert records[t]["failed"] == sorted(set(asked) & wrong[t])
     records = (task := Script({0, 1}, {9}, {9})).run(tmp_path / "all", rounds=2, recheck=0)
     assert task.asked[2:4] == [[0, 1], [*range(12)]] and records[1]["failed"] == [9]  # as 0 and 1 were right
+    (task := Script({0}, {0}, {0}, {0})).run(tmp_path / "same", rounds=3, recheck=0.25)
+    assert task.asked[2] != task.asked[3]
 
 def test_a_worse_round_is_taken_back_where_accept_is_better(tmp_path):
     wrong = {0, 1, 2}, {1, 2, 3, 4}, {2, 7, 8}, {0, 1, 2, 3}
@@ -846,9 +824,9 @@ def test_failures_only_or_with_replayed_right_examples():
     assert len(some) == 6 and set("beh") < set(some) and some == sorted(some)
 
 def test_the_time_to_go_counts_rounds_trained_evaluated_and_tested():
-    task = SimpleNamespace(train=range(80), tests={"a": range(15), "b": range(5)}, effort=lambda count: 3 * count)
+    task = SimpleNamespace(train=range(80), tests={"a": range(15), "b": range(5)}, effort=lambda n: 3 * n)
     seconds = 600 / 100 * (10 * (3 * 40 + 40 + 20) + 20)  # with half of the 40 right ones looked at again
-    assert boostlora.estimate(task, BoostConfig(recheck=0.5), 600, 40).seconds == seconds
+    assert boostlora.estimate(task, BoostConfig(recheck=0.5), 6, 40).seconds == seconds
 
 def test_data_are_compared_by_content_and_tests_belong_to_them(tmp_path):
     def run(text="b", order=("x", 0, 8), held=1):
@@ -864,9 +842,8 @@ def test_data_are_compared_by_content_and_tests_belong_to_them(tmp_path):
     assert to_json({"a": {2, 1}, "b": torch.tensor([1.5])}) == '{"a": [1, 2], "b": [1.5]}'
 
 class BoRA:
-    """A learner for `boost` that is not TinyLoRA. Block-diagonal low rank (BoRA, arXiv 2508.06953): B [out, r]
-    and A [r, in] are cut into b blocks each, and block (i, j) of the update is B_i diag(Sigma_ij) A_j, so that
-    its rank reaches b r for b b r more numbers than LoRA's. Fresh each round, and merged as a plain delta."""
+    """A learner for `boost` that is not TinyLoRA: BoRA (arXiv 2508.06953). B [out, r] and A [r, in] are cut
+    into b blocks each, and block (i, j) of the update is B_i diag(Sigma_ij) A_j, so its rank reaches b r."""
 
     def __init__(self, model, config):
         self.model, self.config, self.targets = model.requires_grad_(False), config, find_targets(model)
@@ -895,7 +872,8 @@ class BoRA:
         replace(path, lambda new: boostlora.safetensors.torch.save_file(self.sum, new))
 
     def summary(self):
-        return {"norm": 1.5, "ranks": [int(torch.linalg.matrix_rank(d.double(), rtol=1e-6)) for d in self.sum.values()]}
+        ranks = (torch.linalg.matrix_rank(delta.double(), rtol=1e-6) for delta in self.sum.values())
+        return {"norm": 1.5, "ranks": [*map(int, ranks)]}
 
 def test_the_loop_boosts_another_weak_learner(tmp_path, capsys):
     records, model = run_words(tmp_path, BoRA, config=BoostConfig(rounds=2, replay=1.0))
@@ -915,12 +893,13 @@ def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path, capsys):
     task = TextTask(model, tokenizer, data, {"same": data}, config, prompt=str, grade=grade,
                     lenient=lambda texts, examples: [float("####" in text) for text in texts])
     records = boost(Booster(model, BoostConfig(rounds=2, groups=0, u=4)), task, tmp_path, tokenizer=tokenizer)
-    assert task.train == task.tests["same"] == data[:-1] and "1 examples are skipped" in capsys.readouterr().out
+    assert task.train == task.tests["same"] == data[:7] and "1 examples are" in capsys.readouterr().out
     texts = [c.text for c in generate(model, tokenizer, task.train, max_new_tokens=12)]
     assert records[-1]["failed"] == [i for i, text in enumerate(texts) if text.count("+") < 3]
     assert records[-1]["train_lenient_accuracy"] == sum("####" in text for text in texts) / 7
     assert records[1]["completions"] == 4 * 4 * 4 and task.effort(3) == 2 * 2 * 3 * 4
-    assert records[-1]["failures"] < records[0]["failures"] == 7 and (tmp_path / "model" / "tokenizer.json").exists()
+    assert records[-1]["failures"] < records[0]["failures"] == 7
+    assert (tmp_path / "model" / "tokenizer.json").exists()
     with refused("no prompt fits: the model's context is 128 tokens .* 200"):
         TextTask(model, tokenizer, data, {}, dataclasses.replace(config, max_new_tokens=200), str, grade)
     tokenizer.chat_template = "{{ messages[0]['role'] }}: {{ messages[0]['content'] }}" \
@@ -946,7 +925,7 @@ def small_qwen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     words = [f"How many {thing} are {n}?" for thing in ("cows", "cups", "legs") for n in range(40)]
     tokenizer = hf.Qwen2Tokenizer().train_new_from_iterator(words, 400)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %} assistant:"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %} assistant:"
     tokenizer.save_pretrained(folder)
     qwen(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
     return folder
@@ -963,29 +942,31 @@ def test_the_real_path_on_a_small_model_that_cannot_learn(small_qwen, flags, tmp
     write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {"question": "cow " * 900, "answer": "#### 1"}])
     run_math(monkeypatch, *flags, "--export_lora")
     printed = capsys.readouterr().out
-    for said in ("nothing could be learned", "1 examples are skipped", "no GPU: about", "rank 2"):
+    for said in ("nothing could be learned", "1 examples are skipped", "no GPU: about", "LoRA of rank 2"):
         assert said in printed
     lines, _ = state(tmp_path / "run")
     assert [line["failures"] for line in lines] == [9, 9] and lines[1]["flat_groups"] == 9
     assert lines[0].keys() >= {"rows_accuracy", "rows_lenient_accuracy", "train_lenient_accuracy"}
     base, merged = (AutoModelForCausalLM.from_pretrained(f) for f in (small_qwen, tmp_path / "run" / "model"))
-    assert same_bits(bits(base), bits(merged)) and (tmp_path / "run" / "lora" / "adapter_config.json").exists()
-    run_math(monkeypatch, *flags, "--cache_tokens", 999, "--micro_batch_tokens", 99)
+    assert same_bits(bits(base), bits(merged)) and (tmp_path / "run/lora/adapter_config.json").exists()
+    run_math(monkeypatch, *flags, "--micro_batch_tokens", 99)
     assert "has 1 of 1 rounds" in capsys.readouterr().out  # memory flags may change when a run goes on
     with refused("lr 0.01 there, 0.1 here"):
         run_math(monkeypatch, *flags, "--lr", 0.1)
 
 @pytest.mark.parametrize(("method", "lr", "moves"), [("boost", 0.1, 14), ("full", 0.001, 27)])
-def test_the_real_path_where_it_learns_or_nothing_fails(flags, tmp_path, monkeypatch, capsys, method, lr, moves):
+def test_the_real_path_learns(small_qwen, flags, tmp_path, monkeypatch, capsys, method, lr, moves):
     flags += ("--method", method, "--lr", lr, "--limit", 5)
     monkeypatch.setattr(train_math, "grades", lambda texts, _: [i % 2 for i in range(len(texts))])
     run_math(monkeypatch, *flags)
-    base, merged = (bits(AutoModelForCausalLM.from_pretrained(f)) for f in (flags[17], tmp_path / "run" / "model"))
+    folders = small_qwen, tmp_path / "run" / "model"
+    base, merged = (bits(AutoModelForCausalLM.from_pretrained(folder)) for folder in folders)
     assert sum(not torch.equal(p, merged[name]) for name, p in base.items()) == moves
     assert state(tmp_path / "run")[0][0]["train_accuracy"] == 0.4
     monkeypatch.setattr(train_math, "grades", lambda texts, _: [True] * len(texts))
     run_math(monkeypatch, *flags, "--out", tmp_path / "other")
-    assert "merged model" in capsys.readouterr().out and len((tmp_path / "other" / "rounds.jsonl").open().readlines()) == 1
+    assert "merged model" in capsys.readouterr().out
+    assert len((tmp_path / "other" / "rounds.jsonl").read_text().splitlines()) == 1
 
 @pytest.mark.parametrize(("rows", "named"), [
     (None, "No such file"), ([], "is empty"), (b"\xff\xfe", "JSONL and UTF-8"),
@@ -995,7 +976,9 @@ def test_the_real_path_where_it_learns_or_nothing_fails(flags, tmp_path, monkeyp
     ([ROWS[0], {"question": "why?", "answer": "####  "}], "row 2: the answer '' cannot be graded")])
 def test_bad_data_is_refused_by_file_and_row(flags, tmp_path, monkeypatch, rows, named):
     path = tmp_path / "rows.jsonl"
-    path.unlink() if rows is None else path.write_bytes(rows) if type(rows) is bytes else write_jsonl(path, rows)
+    path.write_bytes(rows) if isinstance(rows, bytes) else write_jsonl(path, rows or [])
+    if rows is None:
+        path.unlink()
     monkeypatch.setattr(train_math, "load_language_model", None)  # before anything slow
     with refused(f"rows.jsonl.*{named}"):
         run_math(monkeypatch, *flags)
@@ -1015,7 +998,7 @@ def test_bad_models_are_refused_with_a_way_out(small_qwen, flags, tmp_path, monk
             run_math(monkeypatch, *flags, *more)
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--demo", "--train_file", "x"], "its own"), (["--demo", "--demo_wrong", "steals"], "--demo_wrong steals"),
+    (["--demo", "--train_file", "x"], "its own"), (["--demo", "--demo_wrong", "steals"], "demo_wrong steals"),
     (["--method", "full", "--dtype", "bfloat16"], "rounds small steps away"),
     (["--method", "full", "--export_lora"], "--export_lora: not with --method full")])
 def test_flags_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, flags, message):
@@ -1023,8 +1006,8 @@ def test_flags_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys, fla
     with refused(message):
         run_math(monkeypatch, *flags)
     with refused("2", SystemExit):
-        run_math(monkeypatch, "--rouns", 3)
-    assert "--rouns" in capsys.readouterr().err and not list(tmp_path.glob("runs/*"))
+        run_math(monkeypatch, "--roun", 3)
+    assert "--roun" in capsys.readouterr().err and not list(tmp_path.glob("runs/*"))
 
 @pytest.mark.parametrize("script", [train_math, train_code, train_protein])
 def test_help_explains_every_flag_and_the_demo_is_checked_first(tmp_path, monkeypatch, capsys, script):
@@ -1040,7 +1023,7 @@ def test_help_explains_every_flag_and_the_demo_is_checked_first(tmp_path, monkey
     assert {path.name for path in tmp_path.glob("run/*")} <= {".lock"}
 
 @pytest.mark.parametrize(("error", "code", "message"), [
-    (torch.OutOfMemoryError("CUDA"), 1, "lower --cache_tokens"), (KeyboardInterrupt(), 130, "same command"),
+    (torch.OutOfMemoryError("CUDA"), 1, "lower --micro_batch_tokens"), (KeyboardInterrupt(), 130, "same command"),
     (FloatingPointError("not finite"), 1, "before this one are kept"), (InputError("no"), 2, "error: no")])
 def test_what_ends_a_run_is_told_in_a_sentence(capsys, error, code, message):
     def main():
@@ -1154,13 +1137,9 @@ def test_every_gold_solution_is_right_for_its_own_answer_only(name):
 def test_the_stories_of_the_demo_are_true_unless_noisy():
     def true(text):
         steps, _, answer = text.partition(" #### ")
-        x = None
-        for step in steps.split(";"):
-            a, sign, b, result = re.fullmatch(r"(-?\d+)([-+*])(-?\d+)=(-?\d+)", step).groups()
-            assert x is None or a == x
-            x = result
-            assert int(x) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
-        return x == answer
+        sums = [step.split("=") for step in steps.split(";")]
+        right = all(eval(sum) == int(x) for sum, x in sums)
+        return right and re.split("[-+*]", sums[1][0])[0] == sums[0][1] and sums[1][1] == answer
 
     clean, noisy, worse = ([train_math.story(random.Random(i), wrongly)["answer"] for i in range(400)]
                            for wrongly in (None, [], ["loses"]))
@@ -1185,24 +1164,24 @@ def end_after(process, out, rounds, seconds, signal):
 
 def test_the_demo_learns_and_killed_it_ends_with_the_same_bits(tmp_path):
     out, killed, pause = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    flags = ("--rounds", "5", "--epochs", "1", "--micro_batch_tokens", "512")
+    flags = ("--rounds", "4", "--limit", "200", "--epochs", "2", "--micro_batch_tokens", "512")
     whole = demo(out, *flags)
     printed, _ = whole.communicate(timeout=900)
     assert whole.returncode == 0, printed
     lines, vectors = state(out)
     assert 0.6 < lines[0]["test_accuracy"] < 0.75 and lines[-1]["test_accuracy"] > 0.8
-    assert lines[-1]["failures"] <= lines[0]["failures"] / 2
-    assert [line["rank"] for line in lines] == [{"min": 4 * t, "max": 4 * t} for t in range(6)]
+    assert lines[-1]["failures"] <= lines[0]["failures"] * 0.6
+    assert [line["rank"] for line in lines] == [{"min": 4 * t, "max": 4 * t} for t in range(5)]
     model, tokenizer = (kind.from_pretrained(out / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    base = Booster.load(AutoModelForCausalLM.from_pretrained(out / "base"), out / "adapters.safetensors").model
-    assert same_bits(bits(base), bits(model))
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    assert same_bits(bits(Booster.load(base, out / "adapters.safetensors").model), bits(model))
     rows = train_math.load_problems(str(out / "base" / "test.jsonl"), "", "")
     task = TextTask(model, tokenizer, rows, {}, GRPOConfig(max_new_tokens=40), lambda p: p["question"],
                     train_math.demo_grades)
     assert sum(task.evaluate(rows)[0]) / len(rows) == lines[-1]["test_accuracy"]
 
     shutil.copytree(out / "base", killed / "base")
-    for rounds in (0, 1, 3):
+    for rounds in (0, 1, 2):
         end_after(demo(killed, *flags, threads=2), killed, rounds, pause.uniform(0, 2), signal.SIGKILL)
         assert len((killed / "rounds.jsonl").read_text().splitlines()) < len(lines)
     last = demo(killed, *flags, threads=2)  # the demo takes one all the same
@@ -1211,12 +1190,13 @@ def test_the_demo_learns_and_killed_it_ends_with_the_same_bits(tmp_path):
     assert state(killed) == (lines, vectors)
 
 def test_ctrl_c_and_mistakes_end_in_one_sentence(toy, tmp_path):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # where pytest was told to ignore it, a child would
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a child ignores it where pytest was told to
     shutil.copytree(toy, tmp_path / "run" / "base")
     printed = end_after(process := demo(tmp_path / "run"), tmp_path / "run", 0, 0.5, signal.SIGINT)
     assert process.returncode == 130 and "the same command goes on" in printed and "Traceback" not in printed
     process = demo(tmp_path / "run", "--rank", "0")
-    assert process.communicate(timeout=60)[0].strip() == "error: --rank 0: must be at least 1" and process.returncode == 2
+    assert process.communicate(timeout=60)[0].strip() == "error: --rank 0: must be at least 1"
+    assert process.returncode == 2
 
 def test_two_processes_find_the_same_failures_and_hold_the_same_vectors(toy, tmp_path, monkeypatch):
     flags = ("--rounds", "2", "--epochs", "0.5", "--prompts", "3", "--limit", "40", "--test_limit", "8")
@@ -1234,8 +1214,8 @@ boostlora.Booster.merge = merge_and_tell
 boostlora.run(train_math.main)
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    two = subprocess.run([*command, "--demo", "--out", tmp_path / "two", *flags], capture_output=True, text=True,
-                         timeout=300, check=False)
+    two = subprocess.run([*command, "--demo", "--out", tmp_path / "two", *flags], capture_output=True,
+                         text=True, timeout=300, check=False)
     assert two.returncode == 0, two.stderr
     vectors = [torch.stack(torch.load(tmp_path / f"vectors{process}")) for process in range(2)]
     assert torch.equal(*vectors) and vectors[0].any()
@@ -1421,7 +1401,7 @@ def test_no_attack_passes_harms_or_outlives_its_time(namespaces, tmp_path, monke
         verdicts = sandbox.run(zip(codes.values(), tests))
         assert [name for name, verdict in zip(codes, verdicts) if verdict] == []
         assert time.monotonic() - start < 3.5 * len(codes)
-        assert processes() == before
+        assert processes() <= before
         start = time.monotonic()
         assert sandbox.run([("import time\ntime.sleep(99)", ""), ("", "while True: pass")]) == [False] * 2
         assert time.monotonic() - start < 3 + 2
@@ -1430,7 +1410,7 @@ def test_no_attack_passes_harms_or_outlives_its_time(namespaces, tmp_path, monke
         assert time.monotonic() - start < 3 + 2 + 3 + 2
         pairs = [(RIGHT, TESTS), (WRONG, TESTS), (RIGHT, TESTS + "\nassert 0"), (RIGHT, "def"), (RIGHT, "")]
         assert sandbox.run(pairs) == [True, False, False, False, True]
-    assert processes() == before and os.listdir(tmp_path) == ["secret"]
+    assert processes() <= before and os.listdir(tmp_path) == ["secret"]
 
 @both_ways
 def test_values_cross_the_processes_as_they_are(namespaces):
@@ -1475,8 +1455,9 @@ def test_a_virtual_environment_does_not_show_the_project(inside, tmp_path):
 @pytest.mark.parametrize("victim", ["trainer", "judge"])
 def test_nothing_outlives_a_killed_trainer_or_judge(namespaces, victim, tmp_path):
     before = processes()
-    lines = f"Sandbox(2, namespaces={namespaces}).run([(f'import time\\ntime.sleep({{n}})', '') for n in (98, 99)])"
-    command = [sys.executable, "-W", "ignore", "-c", f"from train_code import Sandbox; {lines}"]
+    pairs = "[(f'import time\\ntime.sleep({n})', '') for n in (98, 99)]"
+    line = f"Sandbox(2, namespaces={namespaces}).run({pairs})"
+    command = [sys.executable, "-W", "ignore", "-c", f"from train_code import Sandbox; {line}"]
     trainer = subprocess.Popen(command, cwd=HERE, env=os.environ | {"TMPDIR": str(tmp_path)})
     end = time.monotonic() + 60
     while len(started := processes() - before) < 5 and time.monotonic() < end:  # it, judges, candidates
@@ -1494,7 +1475,8 @@ def test_nothing_outlives_a_killed_trainer_or_judge(namespaces, victim, tmp_path
 # ------------------------------------------------------------------------------------------------------------
 # train_code: the task
 
-MBPP = {"task_id": 601, "text": "Add one.", "code": RIGHT, "test_setup_code": "", "test_list": TESTS.split("\n")}
+MBPP = {"task_id": 601, "text": "Add one.", "code": RIGHT, "test_setup_code": "",
+        "test_list": TESTS.splitlines()}
 HUMANEVAL = {"task_id": "HumanEval/0", "entry_point": "f", "canonical_solution": "    return [g(x)]\n",
              "prompt": "from typing import List\n\ndef g(x): return x + 1\n\n"
                        'def f(x: int) -> List[int]:\n    """The next."""\n',
@@ -1516,7 +1498,7 @@ def test_mbpp_is_split_by_task_id_and_humaneval_is_only_a_test(tmp_path):
         train_code.load_data(RunConfig(train_file=mbpp, test_file=f"{human},nowhere"))
 
 @pytest.mark.parametrize(("row", "message"), [
-    ({"text": "Add one."}, "line 2: the field 'task_id'"), (MBPP | {"task_id": "601"}, "'task_id' is not a number"),
+    ({"text": "Add."}, "line 2: the field 'task_id'"), (MBPP | {"task_id": ""}, "'task_id' is not a number"),
     (MBPP | {"text": None}, "row 2: 'text' is not a str"), (MBPP | {"text": " "}, "row 2: 'text' is empty"),
     (MBPP | {"test_list": "assert 1"}, "row 2: 'test_list' is not a list"),
     (MBPP | {"test_list": []}, "row 2: 'test_list' holds no tests"),
@@ -1525,10 +1507,10 @@ def test_mbpp_is_split_by_task_id_and_humaneval_is_only_a_test(tmp_path):
     (HUMANEVAL | {"entry_point": "h"}, "row 2: 'prompt' does not define the entry_point 'h'")])
 def test_a_bad_row_is_named(row, message, tmp_path):
     with refused(message):
-        train_code.load_problems(write_jsonl(tmp_path / "rows.jsonl", [MBPP, row]))
+        train_code.load_problems(f"{write_jsonl(tmp_path / 'rows.jsonl', [MBPP, row])}")
 
 def test_what_passes_is_rewarded_in_every_way_to_answer(tmp_path):
-    mbpp, human = train_code.load_problems(write_jsonl(tmp_path / "rows.jsonl", [MBPP, HUMANEVAL]))
+    mbpp, human = train_code.load_problems(f"{write_jsonl(tmp_path / 'rows.jsonl', [MBPP, HUMANEVAL])}")
     assert "Add one." in mbpp["ask"] and TESTS in mbpp["ask"] and HUMANEVAL["prompt"].strip() in human["ask"]
     whole = "def f(x: int) -> List[int]:\n    return [g(x)]"  # needs the prompt's import and helper
     answers = [  # (problem, completion, right?)
@@ -1552,8 +1534,8 @@ def test_the_demo_s_reference_functions_pass_and_noisy_ones_often_fail():
     pairs = [(row["code"], "\n".join(row["test_list"])) for row in rows]
     with Sandbox(2) as sandbox:
         assert all(sandbox.run(pairs))
-        assert not any(sandbox.run([(code.replace("return x", "return 1 + x"), tests) for code, tests in pairs]))
-    clean, noisy = ([train_code.exercise(random.Random(i), False, noisy) for i in range(300)] for noisy in (0, 1))
+        assert not any(sandbox.run([(code.replace("return x", "return 1 + x"), t) for code, t in pairs]))
+    clean, noisy = ([train_code.exercise(random.Random(i), False, bad) for i in range(300)] for bad in (0, 1))
     assert 100 < sum(a != b for a, b in zip(clean, noisy, strict=True)) < 200
 
 class NoReturn(ast.NodeTransformer):
@@ -1568,12 +1550,14 @@ def test_every_reference_solution_scores_1_and_renamed_or_silenced_0():
     for row, problem in zip(rows, problems, strict=True):
         body = row.get("canonical_solution")
         whole = row["prompt"] + body if body else row["code"]
-        right += [train_code.program(problem, text) for text in (f"Here:\n```python\n{whole}\n```", body) if text]
+        texts = f"Here:\n```python\n{whole}\n```", body
+        right += [train_code.program(problem, text) for text in texts if text]
         names = {n.id for n in ast.walk(ast.parse(problem["tests"])) if isinstance(n, ast.Name)}
         for node in ast.walk(tree := ast.parse(whole)):
             if isinstance(node, ast.FunctionDef) and node.name in ({row["entry_point"]} if body else names):
                 node.name += "_"
-        wrong += [train_code.program(problem, ast.unparse(x)) for x in (tree, NoReturn().visit(ast.parse(whole)))]
+        for bad in (tree, NoReturn().visit(ast.parse(whole))):
+            wrong.append(train_code.program(problem, ast.unparse(bad)))
     assert len(right) == 974 + 2 * 164 and len(wrong) == 2 * (974 + 164)
     with Sandbox(2) as sandbox:
         assert sandbox.run(right) == [True] * len(right)
@@ -1604,7 +1588,7 @@ def test_rows_are_counted_by_reason(tmp_path, capsys):
             " ,ACD,1e-9,1ABC,", "MJ,ACD,1e-9,1ABC,", "MK,ACD,,1ABC,", "MK,ACD,0,1ABC", "MK,ACD,>1e-5,1ABC,"]
     path = tmp_path / "pairs.csv"
     path.write_text("Ligand Sequences,Receptor Sequences,KD(M),PDB,mutation_status\n" + "\n".join(rows))
-    assert train_protein.load_pairs(path) == [{"ligand": "MKLX", "receptor": "ACD", "label": 1, "pdb": "1ABC"},
+    assert load_pairs(path) == [{"ligand": "MKLX", "receptor": "ACD", "label": 1, "pdb": "1ABC"},
                                 {"ligand": "MK", "receptor": "ACD", "label": 0, "pdb": "1ABC"}]
     shown = capsys.readouterr().out
     assert "2 usable rows, 1 of them bind" in shown
@@ -1618,7 +1602,7 @@ def test_rows_are_counted_by_reason(tmp_path, capsys):
 def test_a_file_without_pairs_is_refused(tmp_path, text, reason):
     (tmp_path / "pairs.csv").write_bytes(text)
     with refused(reason):
-        train_protein.load_pairs(tmp_path / "pairs.csv")
+        load_pairs(tmp_path / "pairs.csv")
 
 def test_no_group_is_on_both_sides():
     torch.manual_seed(0)
@@ -1648,9 +1632,9 @@ def test_pooling_sees_the_partners_only():
 
 def test_f1_and_auc():
     scores, labels = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.4]), torch.tensor([0, 0, 1, 1, 1])
-    assert train_protein.auc(scores, labels) == pytest.approx(5 / 6)  # pairs: 1 1 1, 1/2 1 1/2
-    assert train_protein.auc(-scores, labels) == pytest.approx(1 / 6) and train_protein.auc(torch.zeros(5), labels) == 0.5
-    assert train_protein.f1(scores > 0.3, labels) == pytest.approx(6 / 7) and train_protein.f1(scores > 1, labels) == 0
+    assert auc(scores, labels) == pytest.approx(5 / 6)  # pairs: 1 1 1, 1/2 1 1/2
+    assert auc(-scores, labels) == pytest.approx(1 / 6) and auc(torch.zeros(5), labels) == 0.5
+    assert f1(scores > 0.3, labels) == pytest.approx(6 / 7) and f1(scores > 1, labels) == 0
 
 @pytest.mark.parametrize(("lowest", "scale"), [(1.0, 1.0), (0.3, 0.25), (0.0, 0.0), (0.04, 0.03125)])
 def test_the_line_search_halves_until_the_loss_rises(lowest, scale):
@@ -1716,7 +1700,7 @@ def test_processes_share_all_rows_in_as_many_batches(processes, monkeypatch):
 
 @needs_data
 def test_the_real_pairs(capsys):
-    rows = train_protein.load_pairs(DATA / "ppb_affinity_sequences.csv.gz")
+    rows = load_pairs(DATA / "ppb_affinity_sequences.csv.gz")
     assert len(rows) == 11548 and sum(row["label"] for row in rows) == 7049
     assert "471 left out: the mutation is not in the sequence" in capsys.readouterr().out
     assert max(map(len, train_protein.connected(rows))) == 1384
