@@ -411,8 +411,10 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
     holds another run, or a damaged one."""
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     out, config, data = Path(out), booster.config, to_json([list(task.train), task.tests]).encode()
-    claim(out, {**dataclasses.asdict(config), **(settings or {})}, hashlib.sha256(data).hexdigest()[:16])
+    data = hashlib.sha256(data).hexdigest()[:16]
+    settings = claim(out, {**dataclasses.asdict(config), **(settings or {}), "data": data})
     records = resume(out, booster)
+    replace(out / "config.json", lambda new: new.write_text(to_json(settings)))
     while not records or (len(records) <= config.rounds and records[-1]["failures"]):
         t = len(records) - 1  # the round that is trained now; -1: the base model is evaluated
         stats, seconds, clock = {}, {"generate": 0.0, "train": 0.0, "merge": 0.0}, time.perf_counter
@@ -435,7 +437,16 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
         if t < 0 and found["failures"] and config.rounds:
             each = seconds["evaluate"] / sum(map(len, [task.train, *task.tests.values()]))
             say(f"          about {estimate(task, config, each, found['failures'])} to go")
-    replace(out / "model", lambda new: write_model(new, booster.model, tokenizer))
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for part in (booster.model, tokenizer):
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(folder)
+            elif part is not None:
+                torch.save(part.state_dict(), folder / "model.pt")
+
+    replace(out / "model", write)
     say("\n" + "\n".join(describe(record, config.rounds) for record in records))
     return records
 
@@ -833,24 +844,15 @@ def replace(path: str | Path, write: Callable[[Path], Any]) -> None:
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"could not write {path} ({error}): make room and start again") from None
 
-def write_model(folder: Path, model: nn.Module, tokenizer: Any) -> None:
-    folder.mkdir()
-    for part in (model, tokenizer):
-        if hasattr(part, "save_pretrained"):
-            part.save_pretrained(folder)
-        elif part is not None:
-            torch.save(part.state_dict(), folder / "model.pt")
-
 def to_json(value: Any) -> str:
     """JSON; tensors and numpy's numbers as plain ones, sets in order, other objects as their fields."""
     return json.dumps(value, default=lambda x: (
         sorted(x, key=repr) if isinstance(x, (set, frozenset)) else x.tolist() if hasattr(x, "tolist")
         else getattr(x, "__dict__", type(x).__name__)))
 
-def claim(out: str | Path, settings: dict[str, Any], data: str | None = None) -> None:
-    """Lock a run folder until this process ends, and write its config.json once the examples are read and
-    have a hash, `data`. Raises InputError where another process works in it, or it holds a run with other
-    settings, which are named."""
+def claim(out: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Lock a run folder until this process ends. Returns what belongs into its config.json. Raises InputError
+    where another process works in it, or it holds a run with other settings, which are named."""
     import fcntl
     out = Path(out).resolve()
     path, there = out / "config.json", {}
@@ -869,13 +871,11 @@ def claim(out: str | Path, settings: dict[str, Any], data: str | None = None) ->
         raise InputError(f"{path} is damaged: choose another --out") from None
     require(there or not (out / "rounds.jsonl").exists(), f"{path} is missing: choose another --out")
     versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
-    here = {**json.loads(to_json(settings)), "data": data or there.get("data"), "versions": versions}
-    there = {**there, "data": there.get("data") or data} if there else here
+    here = {"data": there.get("data"), **json.loads(to_json(settings)), "versions": versions}
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
-                 for key in sorted({*there, *here} - FREE) if there.get(key) != here.get(key)]
+                 for key in sorted({*there, *here} - FREE) if there and there.get(key) != here.get(key)]
     require(not differing, f"{out} holds another run ({'; '.join(differing)}): choose another --out")
-    if data:
-        replace(path, lambda new: new.write_text(to_json(here)))
+    return here
 
 def resume(out: Path, learner: Any) -> list[dict[str, Any]]:
     """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them. Raises
@@ -1101,7 +1101,7 @@ def finish(args: RunConfig, config: BoostConfig, settings: dict[str, Any], model
            task: Any) -> None:
     """Boost, export, and say what came of it."""
     if not (args.demo or torch.cuda.is_available() or (Path(args.out) / "rounds.jsonl").exists()):
-        some, start = sampled(task.train, 16, "estimate"), time.perf_counter()
+        some, start = sampled(task.train, 64, "estimate"), time.perf_counter()  # a batch like those to come
         wrong = 1 - sum(task.evaluate(some)[0]) / len(some)
         each = (time.perf_counter() - start) / len(some)
         left = estimate(task, config, each, int(wrong * len(task.train))) + timedelta(seconds=round(
