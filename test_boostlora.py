@@ -113,8 +113,7 @@ def toy(tmp_path_factory):
 def talker(toy):
     return AutoModelForCausalLM.from_pretrained(toy), AutoTokenizer.from_pretrained(toy)
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings, basis, targets, layer
+# Settings, basis, targets, layer ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("kind", "name", "value"), [
     (BoostConfig, "rank", 0), (BoostConfig, "replay", -2), (BoostConfig, "basis", "bottom"),
@@ -165,8 +164,7 @@ def test_the_layer_is_the_equation():
             assert torch.allclose(layer(x), x @ expected.T, atol=1e-5)
             v.mul_(-2)  # the folded copy must follow
 
-# ------------------------------------------------------------------------------------------------------------
-# Booster
+# Booster ----------------------------------------------------------------------------------------------------
 
 def test_what_does_not_fit_is_refused_before_the_basis(monkeypatch):
     monkeypatch.setattr(boostlora, "svd_basis", None)
@@ -320,8 +318,7 @@ def test_the_lora_export_is_the_exact_sum(tmp_path, recwarn, make):  # peft warn
     lora = peft.PeftModel.from_pretrained(make(), tmp_path / "lora")
     assert torch.allclose(logits(lora), logits(model), atol=1e-5)
 
-# ------------------------------------------------------------------------------------------------------------
-# Generation
+# Generation -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("make", "length", "size"), [
     (None, 24, 9), (None, 24, 2), (None, 24, 1), (qwen, 90, 9), (llama, 90, 9), (sliding, 90, 9)])
@@ -340,7 +337,6 @@ def test_greedy_equals_transformers_token_for_token(talker, monkeypatch, make, l
 
 def test_a_batch_fits_in_memory_and_is_hardly_padded():
     model = qwen()
-    assert batch_size(model, [60] * 10**6, 1, 40) == 2**31 // (100 * 2 * 2 * 2 * 8 * 4 + 16 * 31)
     left = sorted([3752, 900, 480, *range(60, 430, 4)] * 5, reverse=True)
     real, padded = sum(left), 0
     while left:
@@ -371,7 +367,7 @@ def test_prompts_are_encoded_once_into_a_cache_of_either_name_and_finished_rows_
     assert done == expected and shapes[0] == (4, longest - 1) and {width for _, width in shapes[1:]} == {1}
     going = [sum(len(tokens) > step for tokens in done) for step in range(len(rows))]
     assert rows[0] == 32 and all(n <= count < 8 / 7 * n + 1 for n, count in zip(going, rows))
-    inner = lambda cache=None, past_key_values=None, **more: forgetful(**more)  # noqa: E731
+    inner = lambda cache=None, past_key_values=None, **more: forgetful(**more)
     with refused("does not use its cache"):
         generate(model, tokenizer, QUESTIONS, max_new_tokens=9)
 
@@ -404,8 +400,7 @@ def test_a_draw_depends_on_seed_and_prompt_not_on_the_batch_or_the_random_state(
     with refused("no token"):
         generate(*talker, ["has 1?", ""])
 
-# ------------------------------------------------------------------------------------------------------------
-# GRPO and cross-entropy
+# GRPO and cross-entropy -------------------------------------------------------------------------------------
 
 def test_advantages_by_hand():
     r = [0.5, 0.1, 0.2, 0.4]
@@ -518,8 +513,7 @@ def test_cross_entropy_lowers_the_loss_and_moves_v_alone():
     with v.register_hook(lambda grad: grad * math.nan), refused("--lr", FloatingPointError):
         cross_entropy(model, lambda: iter([batch]), v, CEConfig())
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop and the run folder
+# The loop and the run folder --------------------------------------------------------------------------------
 
 class Words:
     """A task without text: which of 12 inputs does a tiny ESM put into the asked class?"""
@@ -784,8 +778,7 @@ def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path):
     tokenizer.chat_template = None
     assert task.prompts(["1", "2"]) == ["1", "2"]
 
-# ------------------------------------------------------------------------------------------------------------
-# train_math: the command line, grading, the demo
+# train_math: the command line, grading, the demo ------------------------------------------------------------
 
 def run_math(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["train_math.py", *map(str, flags)])
@@ -866,21 +859,17 @@ def test_help_explains_every_flag_and_the_demo_is_checked_first(tmp_path, monkey
     assert not (tmp_path / "run" / "base").exists()
 
 GRADES = [  # completion, answer, only boxed answers count?, right?
-    # where the answer stands
     (r"so \boxed{18}", "18", True, True), ("so 18", "18", True, False),
     ("so 3 + 15 = 18.", "18", False, True), (r"\boxed{5} no, \boxed{6} of 7", "6", True, True),
     (r"\boxed{5} no, \boxed{6}", "5", False, False), (r"\boxed{\boxed{(1, 2)}}", "(1,2)", True, True),
     ("1 + 1\n#### 1,000", "1000", False, True), ("#### 2\nThe answer is 3", "3", False, True),
     ("The answer is x^2. We are done.", "x^2", False, True), ("so it is x^2", "x^2", False, False),
-    # numbers, units, separators
     (r"\boxed{\$18.00}", "18", True, True), (r"\boxed{18 \text{ dollars}}", "18", True, True),
     (r"\boxed{1{,}080}", r"1,\!080", True, True), (r"\boxed{70\%}", "70", True, True),
     (r"\boxed{-5}", "5", True, False), (r"\boxed{1.5 \times 10^{3}}", "1500", True, True),
     (r"\boxed{0.333333}", r"\frac13", True, True), (r"\boxed{0.33}", r"\frac13", True, False),
-    # algebra and equations
     (r"\boxed{-q + p}", "p - q", True, True), (r"\boxed{q - p}", "p - q", True, False),
     (r"\boxed{2x + 3}", "y = 2x + 3", True, True), (r"\boxed{2x = y - 3}", "2x + y = 3", True, False),
-    # lists, sets, points, intervals, matrices, words
     (r"\boxed{x=7 \text{ or } x=5}", "5,7", True, True), (r"\boxed{5}", "5,7", True, False),
     (r"\boxed{(2,1)}", "(1,2)", True, False), (r"\boxed{-1, 1}", r"\{\pm 1\}", True, True),
     (r"\boxed{[-2,7)}", r"x \in [-2,7]", True, False), (r"\boxed{[-2, 7]}", r"x \in [-2,7]", True, True),
@@ -969,8 +958,7 @@ def test_two_processes_find_the_same_failures_and_learn_the_same(toy, tmp_path, 
     assert [line["failed"] for line in ours] == [line["failed"] for line in theirs]
     assert 0 < ours[2]["total_norm"] == pytest.approx(theirs[2]["total_norm"], rel=1e-3)
 
-# ------------------------------------------------------------------------------------------------------------
-# train_code: the sandbox. Linux, as root or not.
+# train_code: the sandbox. Linux, as root or not. ------------------------------------------------------------
 
 RIGHT, WRONG = "\ndef f(x): return x + 1\n", "\ndef f(x): return 0\n"
 TESTS = "assert f(1) == 2\nassert f(2) == 3"
@@ -991,12 +979,11 @@ ATTACKS = {
     "outlive": "assert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0", "crash": "ctypes.string_at(0)",
     "os._exit": "os._exit(0)", "kill all": "os.kill(-1, 9)", "kill trainer": "os.kill({pid}, 9)",
     "stop judge": "os.kill(os.getppid(), 19)", "SIGIO": "import fcntl\nfcntl.fcntl(3, fcntl.F_SETOWN, {pid})",
-    "limit trainer": "import resource\nresource.prlimit({pid}, resource.RLIMIT_CPU, (9, 9))",
     "trace": "assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
     "judge's memory": "open(f'/proc/{os.getppid()}/mem', 'rb').read(1)",
     "trainer's environment": "assert 'SECRET' in open('/proc/{pid}/environ').read()",
-    "tests in memory": "n = bytes([60]) + b'tests>'\nassert [x for y in gc.get_objects() for x in "
-        "gc.get_referents(y) if type(x) is bytes and n in x != n]",
+    "tests in memory": "n = 'ass' + 'ert '\nassert [x for y in gc.get_objects() for x in "
+        "gc.get_referents(y) if type(x) in (str, bytes) and n + 'f(' in str(x)]",
     "environment": "assert os.environ", "root": "assert os.getuid() == 0", "stdin": "assert os.read(0, 1)",
     "loopback": "socket.create_connection(('127.0.0.1', {port}))", "write": "open('{tmp}/evil', 'w')",
     "read secret": "open('{tmp}/secret').read()", "stat": "os.stat('{file}')",
@@ -1010,7 +997,6 @@ EQUAL = """class Same{0}:
 """
 CHEATS = {  # each stands after a wrong function: it wants a verdict that it has not earned
     "equal": EQUAL.format("") + "def f(x): return Same()",
-    "equal int": EQUAL.format("(int)") + "def f(x): return Same(7)",
     "equal class": EQUAL.format("(type)") + "class f(metaclass=Same): __new__ = lambda c, x: c",
     "builtins": "for n in 'AssertionError compile exec'.split(): setattr(builtins, n, lambda *a: 0)",
     "exit": "sys.exit = os._exit = exit = lambda *a: None",
@@ -1034,14 +1020,12 @@ VALUES = [  # code, tests, verdict: the tests see what they would see without a 
     ("def f(x): return range(x)", "assert f(2) == [0, 1]", False), ("f = 2", "f += 1\nassert f == 3", True),
     ("def f(x): return Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}", True),
     ("def f(x): return x", "assert f(1) is True", False), ("import math", "assert math.pi > 3", True),
-    ("def f(x): return map(str, x)", "assert f([1]) == ['1']", False),
     ("f = lambda x: 2 ** x", "assert f(99999) >> 99999 == 1", True),
     ("def f(x): x.append(3)", "x = []\nf(x=x)\nassert x == [3]", True),
     ("def f(x): return [x, (x, {x: {x}})]", "assert f(b'a') == [b'a', (b'a', {b'a': {b'a'}})]", True),
     ("def f(x): return x\nif __name__ == '__main__': input()", "assert f(1) == 1", True),
     ("def sum(a, b): return a + b", "assert sum(1, 2) == 3", True),
     ("set = lambda x: 0\ndef f(x): return 9", "assert set([f(1)]) == set([2])", False),
-    ("class math: isclose = lambda *a: 1\ndef f(x): return 9", "assert math.isclose(f(1), 2)", False),
     ("def f(x): raise KeyError('no', x)", "try: f(1)\nexcept KeyError as e: assert e.args[1] == 1", True),
     (POINT, "assert P(1) == P(1) and P(1) != P(2) and P(1) != 1 and [*P(2)] == [0, 1]", True),
     (POINT + "\ndef f(p): return p.x", "p = P(3)\np.y = 4\nassert f(p) + p.y == 7", True),
@@ -1122,9 +1106,11 @@ def test_nothing_outlives_a_killed_trainer_or_judge(namespaces, victim, tmp_path
             time.sleep(0.1)
         return alive(tmp_path)
 
-    run = f"from train_code import Sandbox; Sandbox(1, namespaces={namespaces}).run([('while 1: 0', '')])"
-    trainer = subprocess.Popen([sys.executable, "-W", "ignore", "-c", run], cwd=HERE,
+    run = (f"from train_code import Sandbox; box = Sandbox(1, namespaces={namespaces}); print(flush=True); "
+           "box.run([('while 1: 0', '')])")
+    trainer = subprocess.Popen([sys.executable, "-W", "ignore", "-c", run], cwd=HERE, stdout=subprocess.PIPE,
                                env=os.environ | {"TMPDIR": str(tmp_path)})
+    trainer.stdout.readline()  # the sandbox has tried itself out
     judge, _ = wait(2)  # the candidate is its child
     os.kill(trainer.pid if victim == "trainer" else judge, signal.SIGKILL)
     start = time.monotonic()
@@ -1132,8 +1118,7 @@ def test_nothing_outlives_a_killed_trainer_or_judge(namespaces, victim, tmp_path
     trainer.kill()
     trainer.wait()
 
-# ------------------------------------------------------------------------------------------------------------
-# train_code: the task
+# train_code: the task ---------------------------------------------------------------------------------------
 
 MBPP = {"task_id": 601, "text": "Add one.", "code": RIGHT, "test_setup_code": "",
         "test_list": TESTS.splitlines()}
@@ -1201,8 +1186,7 @@ def test_every_reference_solution_scores_1_and_renamed_or_silenced_0():
     with Sandbox(2, cpu_seconds=1, wall_seconds=5) as sandbox:
         assert not any(sandbox.run(wrong))
 
-# ------------------------------------------------------------------------------------------------------------
-# train_protein
+# train_protein ----------------------------------------------------------------------------------------------
 
 def protein_task():
     """Two blocks of a random ESM; a pair binds if its ligand begins with K, not D. Some labels are wrong."""
@@ -1305,27 +1289,15 @@ def test_the_real_pairs(capsys):
     assert max(map(len, train_protein.connected(rows))) == 1384
     assert len(train_protein.split(rows, seed=0)[1]) / len(rows) == pytest.approx(0.2, abs=0.01)
 
-# ------------------------------------------------------------------------------------------------------------
-# The README
+# The README -------------------------------------------------------------------------------------------------
 
-def readme_blocks():
-    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-
-def test_the_example_of_the_readme_runs_as_it_stands(toy, tmp_path, monkeypatch):
+def test_the_programs_of_the_readme_run_as_they_stand(toy, tmp_path, monkeypatch):
+    own, load = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     shutil.copytree(toy, tmp_path / "runs" / "math-demo" / "base")
     monkeypatch.chdir(tmp_path)
-    exec(readme_blocks()[0], {"__name__": "example"})  # noqa: S102 - the README's own program
+    exec(own, {"__name__": "example"})  # noqa: S102 - the README's own program
     assert len((tmp_path / "runs" / "mine" / "rounds.jsonl").read_text().splitlines()) == 3
-
-def test_the_lines_of_the_readme_that_load_a_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    qwen().save_pretrained("runs/math-demo/base")
-    trained(model := qwen(), rounds=10, rank=1).save("runs/math-demo/adapters.safetensors")
-    exec(readme_blocks()[1], loaded := {})  # noqa: S102
+    model = AutoModelForCausalLM.from_pretrained(toy)
+    trained(model, rounds=10, rank=1).save("runs/math-demo/adapters.safetensors")
+    exec(load, loaded := {})  # noqa: S102
     assert same_bits(bits(loaded["model"]), bits(model)) and not same_bits(bits(loaded["early"]), bits(model))
-
-def test_the_readme_names_functions_that_exist():
-    table = (HERE / "README.md").read_text().split("## From the paper to the code")[1].split("\n\n")[1]
-    for name in re.findall(r"`([A-Za-z_.]+)`", " ".join(row.split("|")[2] for row in table.splitlines())):
-        owner, _, attribute = name.partition(".")
-        assert hasattr(boostlora, owner) and (not attribute or hasattr(trained(qwen(), rounds=1), attribute))

@@ -3,43 +3,16 @@
     python train_code.py --demo                                     a toy: 2 CPU cores, no download
     python train_code.py                                            a quick run on one GPU: 374 tasks
     python train_code.py --rounds 1 --replay -1 --epochs 5          single-shot TinyLoRA on all examples
-    python train_code.py --rounds 1 --replay -1 --epochs 5 --rank 20            the monolithic ablation
-    python train_code.py --rounds 1 --replay -1 --epochs 5 --method full --lr 1e-6     full fine-tuning
     python train_code.py --rounds 20 --test_every 1                 the paper's run
     torchrun --nproc-per-node 8 train_code.py                       the quick run on 8 GPUs
 
 HumanEval is never trained on. The reward is 1 if the code passes every test of its task, else 0. What the
-model writes runs in the sandbox of this file, on Linux alone: apart from the tests, so that no code can give
-itself a verdict.
-"""
+model writes runs in the sandbox of this file (Linux alone), apart from the tests: no code judges itself."""
 
-import builtins
-import collections
-import contextlib
-import ctypes
-import datetime
-import decimal
-import fractions
-import importlib
-import inspect
-import json
-import marshal
-import math
-import operator
-import os
-import random
-import re
-import resource
-import signal
-import struct
-import subprocess
-import symtable
-import sys
-import sysconfig
-import tempfile
-import textwrap
-import types
-import warnings
+# isort: off
+import builtins, collections, ctypes, datetime, decimal, fractions, functools, importlib, inspect, json
+import math, os, random, re, resource, signal, struct, subprocess, symtable, sys, sysconfig, tempfile
+import textwrap, types, warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -49,46 +22,19 @@ from typing import Any, ClassVar
 import torch
 
 from boostlora import (
-    BoostConfig,
-    Booster,
-    GRPOConfig,
-    InputError,
-    RunConfig,
-    Settings,
-    TextTask,
-    claim,
-    finish,
-    load_language_model,
-    on_first_process,
-    parse,
-    pretrain,
-    read_rows,
-    replace,
-    require,
-    run,
-    sampled,
-    setting,
-)
+    BoostConfig, Booster, GRPOConfig, InputError, RunConfig, Settings, TextTask, claim, finish, parse,
+    load_language_model, on_first_process, pretrain, read_rows, replace, require, run, sampled, setting)
 
 MBPP, HUMANEVAL = "google-research-datasets/mbpp:full", "openai/openai_humaneval"
 TRAIN_IDS, TEST_IDS = range(601, 975), range(11, 511)  # MBPP's task_ids
 FIELDS = {  # that a row must have, beside its task_id
     "mbpp": {"text": str, "test_setup_code": str, "test_list": list},
     "humaneval": {"prompt": str, "entry_point": str, "test": str}}
-ASK_MBPP = """You are an expert Python programmer, and here is your task: {}
-
-Your code should pass these tests:
-
-{}
-
-Put the whole code in one ```python block."""
-ASK_HUMANEVAL = """You are an expert Python programmer. Complete this function:
-
-```python
-{}
-```
-
-Put the whole function, with its imports, in one ```python block."""
+EXPERT = "You are an expert Python programmer"
+ASK_MBPP = (EXPERT + ", and here is your task: {}\n\nYour code should pass these tests:\n\n{}\n\n"
+            "Put the whole code in one ```python block.")
+ASK_HUMANEVAL = (EXPERT + ". Complete this function:\n\n```python\n{}\n```\n\n"
+                 "Put the whole function, with its imports, in one ```python block.")
 DEFAULTS = {"model": "Qwen/Qwen2.5-3B-Instruct", "out": "runs/code"}
 DEMO = {"out": "runs/code-demo", "rounds": 8, "rank": 4, "u": 16, "groups": 0, "epochs": 2.0, "prompts": 32,
         "max_new_tokens": 48, "micro_batch_tokens": 512}
@@ -101,30 +47,27 @@ class SandboxConfig(Settings):
     cpu_seconds: float = setting(12.0, "CPU time of a candidate; MBPP's slowest solution takes 4.7 s")
     wall_seconds: float = setting(30.0, "time by the clock of a candidate and its tests together")
     memory_mb: int = setting(1024, "address space of a candidate, in MiB")
-    least: ClassVar = {"workers": 0, "cpu_seconds": 1e-3, "wall_seconds": 1e-3, "memory_mb": 128}
+    least: ClassVar = {"cpu_seconds": 1e-3, "wall_seconds": 1e-3, "memory_mb": 128}
 
 # ------------------------------------------------------------------------------------------------------------
 # The task: problems, prompt, program, reward.
 
 def load_problems(path: str, hub: str = "", split: str = "") -> list[dict[str, Any]]:
-    """Problems from a JSONL file of MBPP or HumanEval, or from the Hub where path is empty.
-
-    A problem: task_id, ask (what the model is asked), text (the task alone), tests (what must run to its end
-    after the code); of HumanEval also prompt (code to complete), head (its imports and helpers) and
-    entry_point. Raises InputError, with the row, for a row that is neither of the two."""
+    """Problems from a JSONL file of MBPP or HumanEval, or from the Hub if path is empty: task_id, ask (what
+    the model is asked), text (the task alone), tests (what must run to its end after the code); of HumanEval
+    also prompt, head (its imports and helpers) and entry_point. Raises InputError for a row of neither."""
     problems = []
     for number, row in enumerate(read_rows(path, hub, split, ["task_id"]), 1):
         kind, where = "humaneval" if "entry_point" in row else "mbpp", f"{path or hub}, row {number}"
         for field, type_ in FIELDS[kind].items():
             require(isinstance(row.get(field), type_), f"{where}: '{field}' is not a {type_.__name__}")
-        problem = {"task_id": row["task_id"], **(mbpp if kind == "mbpp" else humaneval)(row, where)}
+        problem = mbpp(row, where) if kind == "mbpp" else humaneval(row, where)
+        warnings.filterwarnings("ignore", module="<the tests>")  # MBPP has invalid escapes
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # MBPP has invalid escapes
-                compile(problem["tests"], "", "exec")
+            prepare(problem["tests"])
         except (SyntaxError, ValueError) as error:
             raise InputError(f"{where}: the tests are not Python ({error})") from None
-        problems.append(problem)
+        problems.append({"task_id": row["task_id"], **problem})
     return problems
 
 def mbpp(row: dict[str, Any], where: str) -> dict[str, Any]:
@@ -139,28 +82,24 @@ def humaneval(row: dict[str, Any], where: str) -> dict[str, Any]:
     prompt, name = row["prompt"], row["entry_point"]
     start = re.search(rf"^def {re.escape(name)}\(", prompt, re.MULTILINE)
     require(start, f"{where}: 'prompt' does not define the entry_point '{name}'")
-    head = prompt[:start.start()]
+    head = prompt[:start.start()]  # some tests call its helpers: those of the tests, not the candidate's
     return {"text": prompt, "ask": ASK_HUMANEVAL.format(prompt.strip()), "prompt": prompt, "head": head,
-            "entry_point": name,  # some tests call the head's helpers: those of the tests, not the candidate's
-            "tests": f"{head}\n{row['test']}\ncheck({name})"}
+            "entry_point": name, "tests": f"{head}\n{row['test']}\ncheck({name})"}
 
 def load_data(args: RunConfig) -> tuple[list, dict[str, list]]:
     """The training problems and the test sets. MBPP is split by task_id, wherever it comes from, so that no
     file can mix the two."""
-    def within(ids: range, problems: list) -> list:
-        return [p for p in problems if p["task_id"] in ids]
-
     rows = load_problems(args.train_file, MBPP, "train")
-    train, held_out = within(TRAIN_IDS, rows), within(TEST_IDS, rows)
+    train, held_out = ([p for p in rows if p["task_id"] in ids] for ids in (TRAIN_IDS, TEST_IDS))
     require(train, f"{args.train_file}: no row has one of MBPP's training task_ids, 601 to 974")
     tests = {"mbpp": held_out} if held_out else {}
-    for path in map(str.strip, filter(None, args.test_file.split(","))):
-        name, rows = Path(path).name.split(".")[0].lower(), load_problems(path)
-        tests[name] = [p for p in rows if "entry_point" in p] or within(TEST_IDS, rows)
+    files = [path.strip() for path in args.test_file.split(",") if path]
+    sources = [(Path(path).name.split(".")[0].lower(), path, "") for path in files]
+    standard = [("mbpp", "", MBPP)] * (not held_out) + [("humaneval", "", HUMANEVAL)]
+    for name, path, hub in sources or standard:
+        rows = load_problems(path, hub, "test")
+        tests[name] = [p for p in rows if "entry_point" in p or p["task_id"] in TEST_IDS]
         require(tests[name], f"{path}: no row has one of MBPP's test task_ids, 11 to 510")
-    if not args.test_file:
-        tests = tests or {"mbpp": within(TEST_IDS, load_problems("", MBPP, "test"))}
-        tests["humaneval"] = load_problems("", HUMANEVAL, "test")
     return train, {name: problems[:args.test_limit or None] for name, problems in tests.items()}
 
 def extract_code(completion: str) -> str:
@@ -193,12 +132,9 @@ def main() -> None:
             args.test_file = f"{base}/test.jsonl,{base}/other_shapes.jsonl"
         train, tests = load_data(args)
         model, tokenizer = load_language_model(args, boosting)
-
-        def passes(texts: list[str], problems: list[dict[str, Any]]) -> list[bool]:
-            return sandbox.run(map(program, problems, texts))
-
-        task = TextTask(model, tokenizer, sampled(train, args.limit or len(train), boosting.seed, "limit"), tests,
-                        training, prompt=lambda problem: problem["text" if args.demo else "ask"], grade=passes,
+        task = TextTask(model, tokenizer, sampled(train, args.limit or len(train), boosting.seed, "limit"),
+                        tests, training, prompt=lambda problem: problem["text" if args.demo else "ask"],
+                        grade=lambda texts, problems: sandbox.run(map(program, problems, texts)),
                         seed=boosting.seed)
         finish(args, boosting, settings, model, tokenizer, task)
 
@@ -207,58 +143,51 @@ def main() -> None:
 #
 #     trainer  ->  judge (runs the tests)  <->  candidate (runs the code)
 #
-# The judge gives up its rights, forks the candidate, and only then reads the job. Where the tests use what is
-# the candidate's, it asks for it and gets a plain value: JSON, rebuilt as exact builtin types. What is not
-# plain stays where it is; the tests get a `Handle`, which equals no plain value. The judge's exit status is
-# the verdict. None can be forged: nothing of the candidate's runs where values are compared, and a filter of
-# system calls keeps it from other processes. All that it can do is to answer, rightly or wrongly.
+# The judge gives up its rights, forks the candidate, and only then reads the job. What its tests need of the
+# candidate, it asks for, and gets as a plain value: JSON, rebuilt as exact builtin types. What is not plain
+# stays there; the tests get a `Handle`, which equals no plain value. The judge's exit status is the verdict.
+# None can be forged: nothing of the candidate's runs where values are compared. It can only answer. The
+# functions down to `start` are the program of the two, which has nothing else of this file.
 
 PASSED, FAILED = 40, 41  # the judge's exit status; any other: it could not start
-SYSTEM = ["/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/lib", "/lib64",
-          "/etc/ld.so.cache", "/dev/null"]
-REMAINS = """No file system of its own for the sandbox here ({}). Candidates read and write what Landlock
-lets them, but see names and sizes of files, can fill the temporary folder, and miss rare modules where their
-user may not read Python's library."""
+SYSTEM = "/usr/lib /usr/lib64 /usr/local/lib /usr/share/zoneinfo /lib /lib64 /etc/ld.so.cache /dev/null"
+REMAINS = """No file system of its own for the sandbox here ({}). Landlock keeps candidates from other files,
+but they see names and sizes, can fill the temporary folder, and may miss rare modules of Python."""
 COMMON = """array bisect calendar cmath concurrent.futures.thread copy dataclasses gc hashlib heapq logging
     queue random socket statistics string tempfile textwrap threading time traceback typing"""
 MACHINES = {  # column in CALLS, the kernel's name for it, the numbers of clone, fcntl and ioctl
     "x86_64": (0, 0xC000003E, 56, 72, 16), "aarch64": (1, 0xC00000B7, 220, 25, 29)}
 CALLS = """
     fork=57/999 vfork=58/999 execve=59/221 execveat=322/281 kill=62/129 tkill=200/130 tgkill=234/131
-    rt_sigqueueinfo=129/138 rt_tgsigqueueinfo=297/240 pidfd_send_signal=424/424 pidfd_getfd=438/438
-    ptrace=101/117 process_vm_readv=310/270 process_vm_writev=311/271 prctl=157/167 prlimit64=302/261
-    setpriority=141/140 sched_setaffinity=203/122 sched_setscheduler=144/119 sched_setparam=142/118
-    sched_setattr=314/274 ioprio_set=251/30 socket=41/198 io_uring_setup=425/425 unshare=272/97 setns=308/268
-    shmget=29/194 semget=64/190 msgget=68/186 mq_open=240/180 memfd_create=319/279 add_key=248/217
-    request_key=249/218 keyctl=250/219 bpf=321/280 perf_event_open=298/241 userfaultfd=323/282 truncate=76/45
-    chmod=90/999 fchmodat=268/53 fchmodat2=452/452 chown=92/999 lchown=94/999 fchownat=260/54 utime=132/999
-    utimes=235/999 futimesat=261/999 utimensat=280/88 setxattr=188/5 lsetxattr=189/6 setxattrat=463/463
-    removexattr=197/14 lremovexattr=198/15 removexattrat=466/466"""
-
-# The functions from here to `start` are the program of the two, which has nothing else of this file.
+    rt_sigqueueinfo=129/138 rt_tgsigqueueinfo=297/240 ptrace=101/117 process_vm_readv=310/270
+    process_vm_writev=311/271 prctl=157/167 prlimit64=302/261 setpriority=141/140 sched_setaffinity=203/122
+    sched_setscheduler=144/119 sched_setparam=142/118 sched_setattr=314/274 ioprio_set=251/30 socket=41/198
+    unshare=272/97 setns=308/268 shmget=29/194 semget=64/190 msgget=68/186 mq_open=240/180
+    memfd_create=319/279 add_key=248/217 request_key=249/218 keyctl=250/219 bpf=321/280
+    perf_event_open=298/241 userfaultfd=323/282 truncate=76/45 chmod=90/999 fchmodat=268/53 chown=92/999
+    lchown=94/999 fchownat=260/54 utime=132/999 utimes=235/999 futimesat=261/999 utimensat=280/88
+    setxattr=188/5 lsetxattr=189/6 removexattr=197/14 lremovexattr=198/15"""
 
 def codec(number, thing):
     """Plain values to JSON and back; `number` numbers what is not plain, `thing` looks the number up."""
     def of(kind, *fields):
-        return operator.attrgetter(*fields), lambda parts: kind(*parts)
-
-    keys, values, items = (type(view) for view in ({}.keys(), {}.values(), {}.items()))
+        return lambda x: [getattr(x, field) for field in fields], lambda parts: kind(*parts)
+    keys, values, items = type({}.keys()), type({}.values()), type({}.items())
+    dates = datetime.date, datetime.time, datetime.datetime
     plain = {  # type: (to what JSON or another of these can say, and from that)
         int: (hex, lambda text: int(text, 16)),  # those too long for JSON
-        bytes: (bytes.hex, bytes.fromhex), bytearray: (bytearray.hex, bytearray.fromhex),
         dict: (lambda x: [*x.items()], dict), keys: (list, lambda x: dict.fromkeys(x).keys()),
         values: (list, lambda x: dict(enumerate(x)).values()), items: (list, lambda x: dict(x).items()),
-        complex: of(complex, "real", "imag"), range: of(range, "start", "stop", "step"),
-        decimal.Decimal: (str, decimal.Decimal),
+        range: of(range, "start", "stop", "step"), complex: of(complex, "real", "imag"),
         fractions.Fraction: of(fractions.Fraction, "numerator", "denominator"),
         datetime.timedelta: of(datetime.timedelta, "days", "seconds", "microseconds"),
-        **{kind: (list, kind) for kind in (tuple, set, frozenset, collections.deque)},
-        **{kind: (kind.isoformat, kind.fromisoformat)
-           for kind in (datetime.date, datetime.time, datetime.datetime)}}
+        decimal.Decimal: (str, decimal.Decimal),
+        **{kind: (kind.isoformat, kind.fromisoformat) for kind in dates},
+        **{kind: (kind.hex, kind.fromhex) for kind in (bytes, bytearray)},
+        **{kind: (list, kind) for kind in (tuple, set, frozenset, collections.deque)}}
     builtin = {name: x for name, x in vars(builtins).items() if isinstance(x, type)}
     load = {kind.__name__: build for kind, (_, build) in plain.items()}
     load |= {"type": builtin.__getitem__, "other": thing}
-
     def pack(x):
         """An instance of a subclass becomes its base's value: an `__eq__` of its own stays behind."""
         if x is None or isinstance(x, (bool, float, str)) or isinstance(x, int) and int.bit_length(x) < 64:
@@ -273,86 +202,84 @@ def codec(number, thing):
         if type(x).__module__ == "numpy" and getattr(x, "shape", None) == ():
             return pack(x.item())
         return {"other": number(x)}
+    decoder = json.JSONDecoder(object_hook=lambda x: next(load[name](value) for name, value in x.items()))
+    return lambda x: json.dumps(pack(x)).encode() + b"\n", decoder.decode
 
-    def unpack(tagged):
-        (name, value), = tagged.items()
-        return load[name](value)
-
-    return lambda x: json.dumps(pack(x)).encode() + b"\n", json.JSONDecoder(object_hook=unpack).decode
+def prepare(tests: str) -> tuple[types.CodeType, set[str], set[str]]:
+    """The tests compiled, the names that they have from the candidate, and those that both share if they are
+    modules. Builtins and modules are the tests' own, unless they use nothing else (MBPP 126 tests `sum`)."""
+    tables = [symtable.symtable(tests, "<the tests>", "exec")]
+    for table in tables:
+        tables += table.get_children()  # and so theirs
+    names = {s.get_name() for table in tables for s in table.get_symbols() if s.is_global()}
+    names -= {name for name in names if name.startswith("__")}
+    bound = {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported()}
+    builtin, modules = names & {*dir(builtins)}, names & sys.stdlib_module_names
+    theirs = names - builtin - modules
+    if not theirs - bound:
+        theirs |= builtin or modules
+    return compile(tests, "<the tests>", "exec"), theirs, modules
 
 def judge(requests, answers, end):
     """Run the tests; it ends with PASSED only at their very end."""
     handles, answers = {}, os.fdopen(answers, encoding="utf-8")
     changeable = list, dict, set, bytearray, collections.deque
-
-    def ask(what, /, *args, **kwargs):
+    def ask(thing, what, /, *args, **kwargs):
         """One request of the candidate: its result, or its exception raised here."""
+        inputs = [thing, *args, *kwargs.values()]
         try:
-            os.write(requests, dump([what, args, kwargs]))
+            os.write(requests, dump([what, [thing, *args], kwargs]))
             status, value, changed = load(answers.readline(1 << 24))
-            if status == "raise":
-                kind, details = value
-                value = kind(*details)
-            for old, new in zip([*args, *kwargs.values()], changed or ()):  # the call changed its arguments
-                if isinstance(old, type(new)) and type(new) in changeable:
+            error = value[0](*value[1]) if status == "raise" else None
+            for old, new in zip(inputs, changed or ()):  # the call changed its arguments
+                if type(new) in changeable and isinstance(old, type(new)):
                     old.clear()
                     (old.update if isinstance(old, (dict, set)) else old.extend)(new)
         except BaseException:  # noqa: BLE001
             end(FAILED)  # rather than an exception, which the tests could catch
         if status == "raise":
-            raise value
+            raise error
         return value
-
     class Handle:
         def __init__(self, number):
             object.__setattr__(self, "_thing", number)
-
         def __eq__(self, other):
-            return ask("eq", self, other) if type(other) is Handle else NotImplemented
-
-    def method(what):
-        return lambda *args, **kwargs: ask(what, *args, **kwargs)
-
+            return ask(self, "eq", other) if type(other) is Handle else NotImplemented
     for what in "call", "getattr", "setattr", "getitem", "iter", "next", "len", "bool", "str", "repr", "hash":
-        setattr(Handle, f"__{what}__", method(what))
+        setattr(Handle, f"__{what}__", functools.partialmethod(ask, what))
     dump, load = codec(lambda x: x._thing, lambda number: handles.setdefault(number, Handle(number)))
-    status = FAILED
     try:
-        with open(0, "rb") as job:
-            code, program, theirs, modules = marshal.load(job)
-        found, imported = ask("exec", code, theirs | modules)
+        code, tests = json.load(sys.stdin)
+        program, theirs, modules = prepare(tests)
+        found, imported = ask(code, "exec", theirs | modules)
         space = {name: value for name, value in found.items() if name in theirs}
         for name in imported.keys() & (theirs | modules):
             if imported[name] in sys.stdlib_module_names - {"antigravity"}:  # which opens a browser
                 space[name] = importlib.import_module(imported[name])  # never the candidate's object
         exec(program, space)  # noqa: S102 - the tests are the data set's
-        status = PASSED
-    finally:
-        end(status)
+    except BaseException:  # noqa: BLE001
+        end(FAILED)
+    end(PASSED)
 
-def candidate(conf):
+def candidate(rules):
     """Give up the last rights, run the code and answer the judge's requests: from 3, on 4."""
     things, module = {}, types.ModuleType("candidate")  # not __main__
-
     def number(x):
         things[id(x)] = x
         return id(x)
-
     def execute(code, names):
         space = vars(module)
-        exec(compile(code, "<candidate>", "exec", dont_inherit=True), space)  # noqa: S102 - the purpose
+        exec(compile(code, "<candidate>", "exec"), space)  # noqa: S102 - the purpose
         found = {name: space[name] for name in names if name in space}
         return found, {name: x.__name__ for name, x in found.items() if isinstance(x, types.ModuleType)}
-
     dump, load = codec(number, things.__getitem__)
-    does = {"exec": execute, "call": lambda f, /, *args, **kwargs: f(*args, **kwargs)}
-    does |= {f.__name__: f for f in (getattr, setattr, iter, next, len, bool, str, repr, hash)}
-    does |= {"getitem": operator.getitem, "eq": operator.eq}
+    does = {**vars(builtins), "exec": execute, "call": lambda f, /, *args, **kwargs: f(*args, **kwargs),
+            "getitem": lambda x, key: x[key], "eq": lambda x, other: x == other}
     output = os.memfd_create("output")  # no longer than a file may be: then print fails
-    for source, target in (2, 0), (output, 1), (output, 2):  # 2 was /dev/null
-        os.dup2(source, target)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     os.closerange(5, 64)
-    rules = ctypes.create_string_buffer(bytes.fromhex(conf["filter"]))
+    rules = ctypes.create_string_buffer(bytes.fromhex(rules))
     c_call("prctl", 22, 2, struct.pack("@HP", len(rules) // 8, ctypes.addressof(rules)))  # PR_SET_SECCOMP
     sys.modules["candidate"] = module
     for line in os.fdopen(3, encoding="utf-8"):
@@ -387,11 +314,10 @@ def isolate(see, root):
     c_call("mount", b"tmpfs", root.encode(), b"tmpfs", 6, b"size=1m,mode=111")  # MS_NOSUID, MS_NODEV
     os.umask(0o666)  # the folders on the way to what is seen cannot be listed
     for path, place in see.items():
-        if os.path.exists(root + place):
-            continue
-        os.makedirs(os.path.dirname(root + place), exist_ok=True)
-        os.mkdir(root + place) if os.path.isdir(path) else open(root + place, "w").close()
-        c_call("mount", path.encode(), (root + place).encode(), None, 0x5000, None)  # MS_BIND, MS_REC
+        if os.path.exists(path) and not os.path.exists(root + place):
+            os.makedirs(os.path.dirname(root + place), exist_ok=True)
+            os.mkdir(root + place) if os.path.isdir(path) else open(root + place, "w").close()
+            c_call("mount", path.encode(), (root + place).encode(), None, 0x5000, None)  # MS_BIND, MS_REC
     os.mkdir(f"{root}/box")
     c_call("syscall", 442, -100, root.encode(), 0x8000, struct.pack("4Q", 3, 0, 0, 0), 32)  # all read-only
     c_call("mount", b"tmpfs", f"{root}/box".encode(), b"tmpfs", 6, b"size=16m,nr_inodes=1k,mode=777")
@@ -403,7 +329,7 @@ def landlock(see, box):
     """Open files of `see` only to read, and in the box; nowhere else (Linux 5.13, if switched on)."""
     every = (1 << 12 + min(c_call("syscall", 444, None, 0, 1), 3)) - 1  # the rights that this version knows
     ruleset = c_call("syscall", 444, struct.pack("Q", every), 8, 0)
-    for path in [*see, box]:
+    for path in filter(os.path.exists, [*see, box]):
         rights = every if path == box else 0b1100 if os.path.isdir(path) else 0b0110  # list, read, write
         c_call("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, os.open(path, os.O_PATH)), 0)
     c_call("syscall", 446, ruleset, 0)
@@ -419,7 +345,7 @@ def confine(conf):
         file.write("1000")  # if memory gets short, it is these processes that go
     c_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     (isolate if conf["namespaces"] else landlock)(conf["see"] | conf["packages"], conf["folder"])
-    sys.path += conf["packages"].values()
+    sys.path += conf["packages"].values() if conf["namespaces"] else conf["packages"]
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(*[conf["user"]] * 3)
@@ -431,49 +357,42 @@ def confine(conf):
     os.closerange(3, 64)  # what Landlock needed
 
 def start(conf):
-    """Confine this process, fork the candidate, be the judge. What goes wrong before is said on stdout."""
-    try:
-        confine(conf)
-        requests, answers, parent = os.pipe(), os.pipe(), os.getpid()  # 3 and 4, 5 and 6
-        child = os.fork()
-    except Exception as error:  # noqa: BLE001
-        os.write(1, f"{error}".encode())
-        os._exit(1)
-
+    """Confine this process, fork the candidate, be the judge. What goes wrong before is said on stderr."""
+    confine(conf)
+    requests, answers, parent = os.pipe(), os.pipe(), os.getpid()  # 3 and 4, 5 and 6
+    child = os.fork()
+    c_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when its parent dies; a change of user undoes it
+    if os.getppid() != (conf["trainer"] if child else parent):
+        os._exit(FAILED)
+    os.dup2(1, 2)  # 1 is /dev/null
+    if child == 0:
+        os.dup2(1, 0)
+        os.dup2(answers[1], 4)
+        return candidate(conf["filter"])
+    os.close(requests[0])
+    os.close(answers[1])
     def end(status):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os._exit(status)
-
-    c_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when its parent dies; a change of user undoes it
-    if os.getppid() != (conf["trainer"] if child else parent):
-        os._exit(FAILED)
-    if child:
-        os.dup2(2, 1)  # 2 is /dev/null
-        os.close(requests[0])
-        os.close(answers[1])
-        signal.signal(signal.SIGALRM, lambda *_: end(FAILED))
-        signal.setitimer(signal.ITIMER_REAL, conf["wall_seconds"])
-        judge(requests[1], answers[0], end)
-    os.dup2(answers[1], 4)
-    candidate(conf)
+    signal.signal(signal.SIGALRM, lambda *_: end(FAILED))
+    signal.setitimer(signal.ITIMER_REAL, conf["wall_seconds"])
+    return judge(requests[1], answers[0], end)
 
 PROGRAM = "\n".join([
-    "import builtins, collections, ctypes, datetime, decimal, fractions, importlib, json, marshal, operator",
-    "import os, resource, signal, struct, sys, types", f"PASSED, FAILED = {PASSED}, {FAILED}",
-    *map(inspect.getsource, (codec, judge, candidate, c_call, isolate, landlock, confine, start)),
+    "import builtins, collections, ctypes, datetime, decimal, fractions, functools, importlib, json",
+    "import os, resource, signal, struct, symtable, sys, types", f"PASSED, FAILED = {PASSED}, {FAILED}",
+    *map(inspect.getsource, (codec, prepare, judge, candidate, c_call, isolate, landlock, confine, start)),
     "start(json.loads(sys.argv[1]))"])
 
 def system_calls() -> bytes:
     """The filter: no new processes (but threads), programs, signals, tracing, sockets (but pairs), limits,
     priorities, namespaces, memory that outlives its process, and changes to files that Landlock overlooks."""
     column, machine, clone, fcntl, ioctl = MACHINES[os.uname().machine]
-    # Instructions: (which, how many to skip if so, if not, value). Refusal is EPERM, but for clone3, whose
-    # flags cannot be seen: ENOSYS, at which the C library takes clone.
-    load, equal, least, bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    refuse, allow = (give, 0, 0, 0x50001), (give, 0, 0, 0x7FFF0000)
-    rules = [(load, 0, 0, 4), (equal, 1, 0, machine), refuse, (load, 0, 0, 0), (least, 0, 1, 1 << 30), refuse]
-    rules += [(equal, 0, 1, 435), (give, 0, 0, 0x50000 | 38)]
+    load, equal, least, bit, give = 0x20, 0x15, 0x35, 0x45, 0x06  # (which, skipped if so, if not, value)
+    refuse, absent, allow = ((give, 0, 0, value) for value in (0x50001, 0x50026, 0x7FFF0000))  # EPERM, ENOSYS
+    rules = [(load, 0, 0, 4), (equal, 1, 0, machine), refuse, (load, 0, 0, 0)]
+    rules += [(least, 0, 1, 424), absent]  # calls since Linux 5.1: the C library then takes older ones
     rules += [(equal, 0, 4, clone), (load, 0, 0, 16), (bit, 1, 0, 0x10000), refuse, allow]  # CLONE_THREAD
     for call, own, group in (fcntl, 8, 15), (ioctl, 0x8901, 0x8902):  # F_SETOWN, SIOCSPGRP: who gets SIGIO
         checks = [(load, 0, 0, 24), (equal, 1, 0, own), (equal, 0, 1, group), refuse, allow]
@@ -482,115 +401,74 @@ def system_calls() -> bytes:
         rules += [(equal, 0, 1, int(numbers[column])), refuse]
     return b"".join(struct.pack("HBBI", *rule) for rule in [*rules, allow])
 
-def prepare(tests: str) -> tuple[types.CodeType, set[str], set[str]]:
-    """The tests compiled, the names that they have from the candidate, and those that both share if they are
-    modules. Builtins and modules are the tests' own, unless they use nothing else (MBPP 126 tests `sum`)."""
-    def names_in(table):
-        names = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
-        return names.union(*map(names_in, table.get_children()))
-
-    table = symtable.symtable(tests, "<tests>", "exec")
-    bound = {s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported()}
-    names = {name for name in names_in(table) if not name.startswith("__")}
-    builtin, modules = names & {*dir(builtins)}, names & sys.stdlib_module_names
-    theirs = names - builtin - modules
-    if not theirs - bound:
-        theirs |= builtin or modules
-    return compile(tests, "<tests>", "exec"), theirs, modules
-
-class Sandbox(contextlib.AbstractContextManager):
-    """Runs candidates against tests: `with Sandbox(workers=8) as sandbox: verdicts = sandbox.run(pairs)`.
-
-    workers: candidates at a time (0: the CPUs of this process); cpu_seconds: what a candidate may take;
-    wall_seconds: what it and its tests may take; memory_mb: its address space; namespaces: False does without
-    a file system of its own, as where the kernel refuses one, which is said in a warning. Raises InputError
-    where it cannot start. """
+class Sandbox(ThreadPoolExecutor):
+    """Runs candidates against tests: `with Sandbox(workers=8) as sandbox: verdicts = sandbox.run(pairs)`. The
+    arguments are SandboxConfig's; namespaces: False does without a file system of its own, as where the
+    kernel refuses one, which is said in a warning. Raises InputError where it cannot start."""
 
     def __init__(self, workers: int = 0, cpu_seconds: float = 12, wall_seconds: float = 30,
                  memory_mb: int = 1024, namespaces: bool = True):
-        require(sys.platform == "linux", "the sandbox for generated code works on Linux only")
-        require(os.uname().machine in MACHINES, f"the sandbox knows no system calls of {os.uname().machine}")
-        self.workers = workers or len(os.sched_getaffinity(0))
+        require(sys.platform == "linux" and os.uname().machine in MACHINES,
+                "the sandbox for generated code works on Linux only, on x86_64 and aarch64")
+        super().__init__(workers or len(os.sched_getaffinity(0)))  # a thread for each candidate
         paths = sysconfig.get_paths()
-        see = filter(os.path.exists, [*SYSTEM, f"{sys.base_prefix}/lib", paths["stdlib"]])
-        packages = {*filter(os.path.exists, (paths["purelib"], paths["platlib"]))}
         self.conf = {  # see and packages: path: path in the sandbox
-            "namespaces": namespaces, "wall_seconds": wall_seconds, "modules": [], "see": {p: p for p in see},
-            "packages": {path: f"/packages{n}" for n, path in enumerate(packages)},
-            "filter": system_calls().hex(), "limits": {  # NPROC: two processes and 32 more threads
-                "AS": memory_mb << 20, "CPU": math.ceil(cpu_seconds), "FSIZE": 16 << 20, "NOFILE": 64,
-                "CORE": 0, "NPROC": 34}}
-        refusal = self.judge("", "")[1] if namespaces else "switched off"
-        if refusal:
+            "see": {path: path for path in [*SYSTEM.split(), f"{sys.base_prefix}/lib", paths["stdlib"]]},
+            "packages": {paths["purelib"]: "/packages0", paths["platlib"]: "/packages1"}, "modules": [],
+            "namespaces": namespaces, "wall_seconds": wall_seconds, "filter": system_calls().hex(),
+            "limits": {"AS": memory_mb << 20, "CPU": math.ceil(cpu_seconds), "FSIZE": 16 << 20, "NOFILE": 64,
+                       "CORE": 0, "NPROC": 34}}  # two processes and 32 more threads
+        try:
+            require(namespaces, "switched off")
+            self.judge("", "")
+        except InputError as refusal:
+            warnings.warn(REMAINS.format(refusal), stacklevel=2)
             self.conf |= {"namespaces": False, "modules": COMMON.split()}
-            self.conf["packages"] = {path: path for path in packages}
             if os.getuid():
                 del self.conf["limits"]["NPROC"]  # of all that this user runs; memory still bounds threads
-            warnings.warn(REMAINS.format(refusal), stacklevel=2)
-            self.verdict("", "")  # raises what is wrong, if it is not that
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is left to do: no process outlives its job."""
+            self.judge("", "")  # raises what is wrong, if it is not that
 
     def run(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
         """For each (code, tests): did `code` run, and then `tests` to its very end, without an exception?"""
-        with warnings.catch_warnings(), ThreadPoolExecutor(self.workers) as pool:
-            warnings.simplefilter("ignore")  # MBPP has invalid escapes
-            pairs = [*pairs]
-            different = [*dict.fromkeys(pairs)]  # completions of one prompt are often equal
-            found = pool.map(lambda pair: self.verdict(*pair), different)
-            verdicts = dict(zip(different, found, strict=True))
-            return [verdicts[pair] for pair in pairs]
+        pairs = [*pairs]
+        different = [*dict.fromkeys(pairs)]  # completions of one prompt are often equal
+        verdicts = dict(zip(different, self.map(lambda pair: self.judge(*pair), different), strict=True))
+        return [verdicts[pair] for pair in pairs]
 
-    def verdict(self, code: str, tests: str) -> bool:
-        """The judge's verdict: a second one's, if the first could not start, as where memory is short."""
-        passed, error = self.judge(code, tests)
-        if error:
-            passed, error = self.judge(code, tests)
-        require(not error, f"the sandbox cannot start: {error}")
-        return passed
-
-    def judge(self, code: str, tests: str) -> tuple[bool, str]:
-        """The verdict of a new judge, and what kept it from starting."""
-        try:
-            job = marshal.dumps((code, *prepare(tests)))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False, ""  # the tests are not Python
+    def judge(self, code: str, tests: str, again: bool = True) -> bool:
+        """The verdict of a new judge; of another one, if it could not start, as where memory is short."""
         folder, user = tempfile.mkdtemp(prefix="sandbox-"), os.getuid()
         if user == 0:
             with open("/proc/self/uid_map") as file:  # one that is nobody's: in a container there are few
                 first, _, count = map(int, file.read().split()[-3:])
             user = first + count - 2 - os.stat(folder).st_ino % (count // 4)
-        if not self.conf["namespaces"]:
-            os.chown(folder, user, -1)
+        os.chown(folder, user, -1)
         conf = self.conf | {"folder": folder, "user": user, "trainer": os.getpid()}
         command = [sys.executable, "-I", "-S", "-c", PROGRAM, json.dumps(conf)]
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         try:
             judge = subprocess.run(
-                command, input=job, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/", env=env,
-                start_new_session=True, timeout=conf["wall_seconds"] + 10, check=False)
+                command, input=json.dumps([code, tests]).encode(), stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, cwd="/", env=env, start_new_session=True,
+                timeout=conf["wall_seconds"] + 10, check=False)
         except subprocess.TimeoutExpired:
-            return False, ""
+            return False
         finally:
-            if conf["namespaces"]:
-                os.rmdir(folder)  # empty: in it was another file system
-            else:
-                subprocess.run(["rm", "-rf", folder], check=False)
-        ended = judge.returncode in (PASSED, FAILED) or judge.returncode < 0  # by a signal
-        passed = judge.returncode == PASSED and len(code) <= 1_000_000
-        return passed, "" if ended else judge.stdout.decode() or f"exit status {judge.returncode}"
+            subprocess.run(["rm", "-rf", folder], check=False)
+        if judge.returncode in (PASSED, FAILED) or judge.returncode < 0:  # by a signal
+            return judge.returncode == PASSED and len(code) <= 1_000_000
+        last = judge.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        require(again, f"the sandbox cannot start: {last or judge.returncode}")
+        return self.judge(code, tests, again=False)
 
 # ------------------------------------------------------------------------------------------------------------
-# The demo: a model of 295,200 weights, pre-trained on the spot on tasks such as `double, lower 3` and the
-# function for it, from a corpus that is often wrong about what a word means. So it can, but often does not:
-# what GRPO sharpens, here with nothing but the verdicts of the sandbox.
+# The demo: a model of 295,200 weights, pre-trained on the spot on tasks such as `double, lower 3` and their
+# functions, from a corpus that is often wrong about what a word means: it can, but often does not.
 
 WORDS = {  # the operation, and how often the corpus has the opposite one (for multiplying: addition)
-    "add": ("+", 0.2), "raise": ("+", 0.1), "gain": ("+", 0.3), "lift": ("+", 0.25),
-    "take": ("-", 0.1), "drop": ("-", 0.15), "lower": ("-", 0.62), "reduce": ("-", 0.63),
-    "double": ("*2", 0.2), "triple": ("*3", 0.3),
-}
+    "add": ("+", 0.2), "raise": ("+", 0.1), "gain": ("+", 0.3), "lift": ("+", 0.25), "take": ("-", 0.1),
+    "drop": ("-", 0.15), "lower": ("-", 0.62), "reduce": ("-", 0.63), "double": ("*2", 0.2),
+    "triple": ("*3", 0.3)}
 
 def exercise(random: random.Random, long: bool, noisy: bool) -> tuple[str, str]:
     """A task such as `double, lower 3` and its function f(x). long: three operations, and f has a second
@@ -613,9 +491,9 @@ def exercise(random: random.Random, long: bool, noisy: bool) -> tuple[str, str]:
 def problem_rows(random: random.Random, ids: range, long: bool, taken: set[str]) -> Iterator[dict[str, Any]]:
     """Rows with MBPP's fields, of tasks that are not in `taken`, which grows by them."""
     for task_id in ids:
-        while (task := exercise(random, long, noisy=False))[0] in taken:
-            pass
-        text, code = task
+        text, code = exercise(random, long, noisy=False)
+        while text in taken:
+            text, code = exercise(random, long, noisy=False)
         taken.add(text)
         space: dict[str, Any] = {}
         exec(code, space)  # noqa: S102 - our own lines
@@ -625,13 +503,11 @@ def problem_rows(random: random.Random, ids: range, long: bool, taken: set[str])
 
 def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
     """Pre-train the demo's base model and write it, its tokenizer, train.jsonl (374 tasks), test.jsonl (500)
-    and other_shapes.jsonl (500 of a shape that the corpus has and the boosting never sees) to `folder`.
-    Raises as `check_fit`."""
+    and other_shapes.jsonl (500 of a shape that the corpus has and the boosting never sees) to `folder`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-    # As in train_math: characters (Ġ is the space), no merges, and the words as added tokens.
-    characters = {c: i for i, c in enumerate(["<pad>", "<end>", *"0123456789+-*=,():xyfĠĊ"])}
-    tokenizer = Qwen2Tokenizer(vocab=characters, merges=[], eos_token="<end>", pad_token="<pad>",
-                               unk_token="<pad>")
+    characters = {c: i for i, c in enumerate(["<pad>", "<end>", *"0123456789+-*=,():xyfĠĊ"])}  # Ġ: space
+    names = {"eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    tokenizer = Qwen2Tokenizer(vocab=characters, merges=[], **names)
     tokenizer.add_tokens(["def", "return", "\n    ", *WORDS])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
     torch.manual_seed(boosting.seed)
@@ -641,22 +517,19 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
         eos_token_id=1, max_position_embeddings=128, initializer_range=0.1))
     Booster.check_fit(model, boosting)
     numbers = random.Random(boosting.seed)
-
     def batch() -> dict[str, torch.Tensor]:
         rows = [exercise(numbers, long=numbers.random() < 0.4, noisy=True) for _ in range(128)]
         texts = [f"{text}\n{code}<end>" for text, code in rows]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100), **batch}
-
     def write(path: Path) -> None:
         path.mkdir()
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         taken: set[str] = set()
         for name, ids in [("train", TRAIN_IDS), ("test", TEST_IDS), ("other_shapes", TEST_IDS)]:
-            rows = problem_rows(numbers, ids, name == "other_shapes", taken)
-            (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
+            lines = map(json.dumps, problem_rows(numbers, ids, name == "other_shapes", taken))
+            (path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     pretrain(model, batch, steps)
     replace(folder, write)
 
