@@ -64,17 +64,14 @@ def qwen(dtype=fp32, seed=0, kind=hf.Qwen2ForCausalLM, **options):
 
 def sliding(dtype=fp32):
     return qwen(dtype, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-
 def llama(dtype=fp32):
     return qwen(dtype, kind=hf.LlamaForCausalLM)
-
 def esm(dtype=fp32, **options):
     return qwen(dtype, kind=hf.EsmForSequenceClassification, position_embedding_type="rotary",
                 mask_token_id=30, pad_token_id=1, token_dropout=False, **options)
 
 def refused(message, kind=InputError):
     return pytest.raises(kind, match=message)
-
 def inputs():
     ids = torch.randint(4, 30, (3, 9), generator=generator("inputs"))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
