@@ -347,7 +347,7 @@ def test_a_batch_fits_in_memory_and_is_hardly_padded():
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])  # from transformers 5.24 on, and before
 def test_prompts_are_encoded_once_into_a_cache_of_either_name_and_finished_rows_leave(talker, name):
     def inside(cache=None, **more):
-        shapes.append(tuple(more["input_ids"].shape))
+        shapes.append((*more["input_ids"].shape, int(more["position_ids"].min())))
         return inner(**{**more, own: more.get(own, cache)})
 
     model, tokenizer = talker
@@ -360,8 +360,8 @@ def test_prompts_are_encoded_once_into_a_cache_of_either_name_and_finished_rows_
         model.forward = lambda past_key_values, **more: outer(**{own: past_key_values}, **more)
         model.base_model.forward = lambda past_key_values=0, **x: inside(**{"cache": past_key_values, **x})
     done = [c.tokens for c in generate(model, tokenizer, QUESTIONS, 8, 1.0, 20)]
-    longest, rows = max(map(len, tokenizer(QUESTIONS)["input_ids"])), [rows for rows, _ in shapes[1:]]
-    assert done == expected and shapes[0] == (4, longest - 1) and {width for _, width in shapes[1:]} == {1}
+    lengths, rows = [len(ids) for ids in tokenizer(QUESTIONS)["input_ids"]], [n for n, _, _ in shapes[1:]]
+    assert done == expected and shapes[:2] == [(4, max(lengths) - 1, 0), (32, 1, min(lengths) - 1)]
     going = [sum(len(tokens) > step for tokens in done) for step in range(len(rows))]
     assert rows[0] == 32 and all(n <= count < 8 / 7 * n + 1 for n, count in zip(going, rows))
     inner = lambda cache=None, past_key_values=None, **more: forgetful(**more)
@@ -393,6 +393,8 @@ def test_a_draw_depends_on_seed_and_prompt_not_on_the_batch_or_the_random_state(
     monkeypatch.setattr(boostlora, "batch_size", lambda *_: 1)
     assert one == [c.tokens for c in generate(*talker, QUESTIONS, 3, 1.0, 20, 5)]
     assert one != third and len(set(map(tuple, one[:3]))) > 1
+    monkeypatch.setattr(boostlora, "batch_size", lambda *_: 999)  # encoded in pieces of 8 columns
+    assert [c.tokens for c in generate(*talker, QUESTIONS * 249, 3, 1.0, 20, 5)][:12] == one
     assert torch.equal(state, torch.get_rng_state()) and generate(*talker, []) == []
     with refused("no token"):
         generate(*talker, ["has 1?", ""])
@@ -606,7 +608,6 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
 
     run_words(tmp_path, settings={"lr": 1})
     check("seed 0 there, 1 here", config=dataclasses.replace(CONFIG, seed=1))
-    check("lr 1 there, 2 here", settings={"lr": 2})
     check("lr 1 there, None here.*top_p None there, 1 here", settings={"top_p": 1})
     check("another base model", learner=lambda _, config: Booster(esm(bf16), config))
     check("of round -1, not 4", learner=FullFineTuning)
@@ -1021,7 +1022,6 @@ VALUES = [  # code, tests, verdict: the tests see what they would see without a 
     ("def f(x): x.append(3)", "x = []\nf(x=x)\nassert x == [3]", True),
     ("def f(x): return [x, (x, {x: {x}})]", "assert f(b'a') == [b'a', (b'a', {b'a': {b'a'}})]", True),
     ("def f(x): return x\nif __name__ == '__main__': input()", "assert f(1) == 1", True),
-    ("def sum(a, b): return a + b", "assert sum(1, 2) == 3", True),
     ("set = lambda x: 0\ndef f(x): return 9", "assert set([f(1)]) == set([2])", False),
     ("def f(x): raise KeyError('no', x)", "try: f(1)\nexcept KeyError as e: assert e.args[1] == 1", True),
     (POINT, "assert P(1) == P(1) and P(1) != P(2) and P(1) != 1 and [*P(2)] == [0, 1]", True),
