@@ -22,8 +22,6 @@ The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) wh
                   a round that learned nothing, or was taken back, keeps its slice, with v_t = 0     (ours)
     return W_T: an ordinary model; the rank of the sum is r T                                       (paper)
 """
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import gzip
@@ -39,7 +37,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import safetensors.torch
 import torch
@@ -61,13 +59,12 @@ def setting(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 class Settings:
-    """Refuses what is not among the choices of a Literal, or a number below `least`, or else below 0."""
+    """Refuses what is not among the choices of a Literal, and a number below its `least` (without one, 0)."""
     least: ClassVar = {}
 
     def __post_init__(self):
-        kinds = get_type_hints(type(self))
-        for name in (field.name for field in dataclasses.fields(self)):
-            value, least, choices = getattr(self, name), self.least.get(name, 0), get_args(kinds[name])
+        for name, kind in [(field.name, field.type) for field in dataclasses.fields(self)]:
+            value, least, choices = getattr(self, name), self.least.get(name, 0), get_args(kind)
             require(not choices or value in choices, f"--{name} {value}: must be one of {', '.join(choices)}")
             require(isinstance(value, str) or least <= value < math.inf,
                     f"--{name} {value}: must be at least {least}")
@@ -111,8 +108,6 @@ class CEConfig(Settings):
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     line_search: bool = setting(True, "scale v by 1, 1/2 ... or 0: the loss on all training data falls")
     least: ClassVar = {"epochs": 1, "batch_tokens": 1, "lr": 1e-12, "max_grad_norm": 1e-12}
-
-Trained = nn.Parameter | list[nn.Parameter]  # an adapter's v, or all weights
 
 def generator(*key: Any) -> torch.Generator:
     """A CPU generator whose stream depends on `key` alone, such as (seed, "P", round, module)."""
@@ -172,10 +167,9 @@ class TinyLoRA(nn.Module):
         return self.US @ self.down()
 
 # Booster ----------------------------------------------------------------------------------------------------
-# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T), a pure function of W_0 and the list of vectors v_t. Merge,
-# rollback, load, the first k rounds and re-weighted rounds are this function, called with another list. Why
-# not `weight += delta` each round: in bf16, after 20 rounds with |R| = 1e-2, that kept 58 % of the update,
-# this 95 %. Of M modules in depth order, module j reads row floor(j groups / M) of v_t.
+# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T), a pure function of W_0 and the list of vectors v_t: merge,
+# rollback, load, the first k rounds and re-weighted rounds call it with another list. Adding each round to a
+# bf16 weight kept 58 % of 20 rounds with |R| = 1e-2, this 95 %. Module j of M reads row floor(j groups / M).
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
@@ -211,7 +205,7 @@ class Booster:
 
     @staticmethod
     def check_fit(model: nn.Module, config: BoostConfig) -> int:
-        """How many triplets k are used. Raises InputError where a target has fewer, or less than `groups`."""
+        """How many triplets k are used. Raises InputError where a target has fewer."""
         targets, k = find_targets(model), config.rank * (1 if config.basis == "top" else config.rounds)
         name, linear = min(targets.items(), key=lambda target: min(target[1].weight.shape))
         shape, kinds = list(linear.weight.shape), {m.weight.dtype for m in targets.values()}
@@ -327,7 +321,7 @@ class Booster:
                 "fidelity": self.fidelity()}
 
     def save(self, path: str | Path) -> None:
-        """Write v of all rounds [rounds, groups, u] and what rebuilds the rest: a few KB in all."""
+        """Write v of all rounds [rounds, groups, u], 4 bytes a number, and what rebuilds the rest."""
         v = torch.stack([torch.zeros(self.groups, self.config.u), *self.vectors])[1:]
         about = {"format": 2, "config": dataclasses.asdict(self.config), "base": self.checksum}
         tensors, about = {"v": v, "basis": self.fingerprint}, {"boostlora": json.dumps(about)}
@@ -366,7 +360,7 @@ class Booster:
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path, rounds: int | None = None,
-             weights: Sequence[float] | None = None) -> Booster:
+             weights: Sequence[float] | None = None) -> "Booster":
         """The fine-tuned model from the base model and the file: the same bits on the same machine and
         library versions. rounds=k: after k rounds; weights=[...]: re-weighted rounds. Raises as `resume`."""
         booster = cls(model, cls.read(path)[0])
@@ -374,7 +368,7 @@ class Booster:
         return booster
 
     def export_lora(self, folder: str | Path) -> None:
-        """The exact fp32 sum as one LoRA in PEFT's format: B = U C [out, k], A = V^T [k, in], alpha = r."""
+        """The exact fp32 sum as one LoRA in PEFT's format: B = U C [out, k], A = V^T [k, in], alpha = k."""
         require(self.k, "--export_lora: there is no round to export")
         tensors = {}
         for name, (U, _, V) in self.basis.items():
@@ -382,7 +376,7 @@ class Booster:
             tensors[f"base_model.model.{name}.lora_B.weight"] = (U @ self.core(name).to(U.device)).cpu()
         base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         config = {"peft_type": "LORA", "r": self.k, "lora_alpha": self.k, "lora_dropout": 0.0, "bias": "none",
-                  "target_modules": [*self.targets], "inference_mode": True, "base_model_name_or_path": base}
+                  "target_modules": [*self.targets], "base_model_name_or_path": base}
 
         def write(path: Path) -> None:
             path.mkdir()
@@ -405,11 +399,11 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
         task.fit(examples, v, round)     -> dict of statistics; trains v in place
         task.effort(count)               optional: evaluations that a round on `count` examples costs
 
-    The run folder gets config.json, rounds.jsonl, adapters.safetensors and at the end model/ (and the
-    tokenizer). Tests run at the start, at the end and every `test_every` rounds. The same call again
-    continues a run that was broken off. Returns the lines of rounds.jsonl. Raises InputError where the folder
-    holds another run, or a damaged one."""
+    Tests run at the start, at the end and every `test_every` rounds. The same call again continues a run that
+    was broken off. Returns the lines of rounds.jsonl. Raises InputError where `out` holds another run."""
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
+    require(booster.config.accept == "all" or hasattr(booster, "rollback"),
+            "--accept better: this learner cannot take a round back")
     out, config, data = Path(out), booster.config, to_json([list(task.train), task.tests]).encode()
     data = hashlib.sha256(data).hexdigest()[:16]
     settings = claim(out, {**dataclasses.asdict(config), **(settings or {}), "data": data})
@@ -469,14 +463,17 @@ def measure(booster: Any, task: Any, records: list[dict], t: int, test_every: in
     right = sorted({*everything} - before)
     count = math.ceil(len(right) * (config.recheck if records and not last else 1))
     looked = sorted([*before, *sampled(right, count, config.seed, "recheck", t)])
-    labels, metrics = gather(task.evaluate([task.train[i] for i in looked]))[0]  # of one process: a grader
-    if all(labels) and len(looked) < len(everything):  # may use a clock. Nothing failed: so look at all
+    # The labels of one process, as a grader may use a clock.
+    labels, metrics = gather(task.evaluate([task.train[i] for i in looked]))[0]
+    if all(labels) and len(looked) < len(everything):  # before the run ends, look at all
         looked, (labels, metrics) = everything, gather(task.evaluate(task.train))[0]
     failed = [i for i, ok in zip(looked, labels, strict=True) if not ok]  # others were right, and stay so
-    found = {"round": t + 1, **{f"train_{name}": value for name, value in metrics.items()}}
+    found = {"round": t + 1}
     if config.accept == "better" and records and len(failed) > len(before):
         booster.rollback()
         found["note"], failed = f"taken back: it left {len(failed)} failures", sorted(before)
+    elif len(looked) == len(everything):
+        found |= {f"train_{name}": value for name, value in metrics.items()}
     fixed, regressed = (before - set(failed), set(failed) - before) if records else ((), ())
     found |= {"failures": len(failed), "fixed": len(fixed), "regressed": len(regressed),
               "train_accuracy": 1 - len(failed) / len(everything)}
@@ -529,11 +526,9 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     """n completions of every prompt, in order: those of prompts[i] are at [i n, (i + 1) n).
 
     prompts: formatted strings, tokenised without adding special tokens. Temperature 0 is greedy; otherwise
-    the draws follow from `seed`, the shape of the call and the place in it, not from batches. Under torchrun
-    the prompts are shared out, and every process gets all completions. Puts the model into eval mode: what
-    was sampled must be the policy that learns. Raises FloatingPointError where the model's output is not
-    finite."""
-    model.eval()
+    the draws follow from `seed`, the shape of the call and the place in it, not from batches. torchrun shares
+    the prompts out. Raises FloatingPointError where the model's output is not finite."""
+    model.eval()  # what is sampled must be the policy that learns
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     require(all(ids), "generate: a prompt has no token")
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # Qwen2.5 has two
@@ -584,9 +579,11 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     columns = torch.arange(width + max_new_tokens, device=device)
     mask, positions = (columns >= start).long(), (columns - start).clamp(min=0)
     # Each prompt once, but for its last token, without the head: 8,192 tokens at a time.
-    for part in columns[:width - 1].split(max(1, 8192 // len(prompts))):
-        model.base_model(input_ids=ids[:, part], attention_mask=mask[:, :part[-1] + 1],
-                         position_ids=positions[:, part], **options)
+    size = max(1, 8192 // len(prompts))
+    for first in range(0, width - 1, size):
+        end = min(first + size, width - 1)
+        model.base_model(input_ids=ids[:, first:end], attention_mask=mask[:, :end],
+                         position_ids=positions[:, first:end], **options)
     cache.batch_repeat_interleave(n)
     token, mask, positions = (x.repeat_interleave(n, 0) for x in (ids[:, -1], mask, positions))
     stops = torch.tensor(stops, dtype=torch.long, device=device)
@@ -607,11 +604,12 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
             token = logits.argmax(-1)
         tokens[alive, step], logprobs[alive, step] = token, every.gather(-1, token[:, None]).squeeze(-1)
         ended |= torch.isin(token, stops)
-        if ended.all():
+        left = int(ended.sum())
+        if left == len(alive):
             break
-        if ended.sum() >= len(alive) / 8:  # leaving copies the cache, so an eighth leaves together
+        if left >= len(alive) / 8:  # leaving copies the cache, so an eighth leaves together
             keep = (~ended).nonzero().squeeze(-1)
-            bar.update(len(alive) - len(keep))
+            bar.update(left)
             alive, token, mask, positions, ended = (x[keep] for x in (alive, token, mask, positions, ended))
             cache.batch_select_indices(keep)
     bar.update(len(alive))
@@ -650,15 +648,9 @@ def takes_masks(model: nn.Module) -> bool:
 def split(prompt: list[int], completions: Sequence[Completion], advantages: Sequence[float],
           limit: int) -> list[tuple[list[int], list[Completion], list[float]]]:
     """A group in parts (prompt, completions, advantages) of at most `limit` tokens, or of one completion."""
-    parts, room = [], 0
-    for completion, advantage in zip(completions, advantages, strict=True):
-        room -= len(completion.tokens)
-        if room < 0 or not parts:
-            parts.append((prompt, [], []))
-            room = limit - len(prompt) - len(completion.tokens)
-        parts[-1][1].append(completion)
-        parts[-1][2].append(advantage)
-    return parts
+    size = max(1, (limit - len(prompt)) // max(len(c.tokens) for c in completions))
+    return [(prompt, completions[i:i + size], advantages[i:i + size])
+            for i in range(0, len(completions), size)]
 
 def completion_states(model: nn.Module, prompt: list[int], completions: Sequence[Completion]) -> torch.Tensor:
     """The states [tokens, d] that predict the completions' tokens, from one sequence: the prompt, then its
@@ -681,10 +673,8 @@ def completion_states(model: nn.Module, prompt: list[int], completions: Sequence
 
 def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
                     advantages: Sequence[float], temperature: float) -> float:
-    """Backward pass of - sum_i A_i log pi(y_i). Returns the sum of |log pi here - log pi in sampling|.
-
-    The head's part goes chunk by chunk, forward and back: so the logits of a pass (1,024 x 8 x 151,936 in
-    fp32: 4.6 GiB, several times over) never exist, and none is computed twice."""
+    """Backward pass of - sum_i A_i log pi(y_i); returns the sum of |log pi here - log pi in sampling|. The
+    head goes chunk by chunk, forward and back, so that all logits of a pass never exist at once."""
     states, head = completion_states(model, prompt, completions), model.get_output_embeddings()
     tokens = torch.tensor([token for c in completions for token in c.tokens], device=model.device)
     sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
@@ -702,19 +692,16 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     return gap
 
 def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
-         reward: Callable[[list[int], list[str]], list[float]], v: Trained, config: GRPOConfig,
-         round: int = 0, seed: int = 0) -> dict[str, Any]:
-    """Train v for one round: ceil(epochs x prompts / config.prompts) times sample, reward, advantages, one
-    Adam step.
+         reward: Callable[[list[int], list[str]], list[float]], v: nn.Parameter | list[nn.Parameter],
+         config: GRPOConfig, round: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Train v (an adapter's, or a list of parameters) for one round: ceil(epochs x prompts / config.prompts)
+    times sample, reward, advantages, one Adam step. reward(indices into prompts, texts) -> a number for each.
 
-    reward(indices, texts): a number for each completion; indices point into prompts. v: an adapter's, or a
-    list of parameters. Returns steps (taken), completions, flat_groups (without variance: nothing to learn
-    from), reward (the mean), logprob_gap (the mean |log pi in training - log pi in sampling| over the tokens
-    trained on) and seconds of "generate" and "train". Where no group of the round has variance, v stays 0 and
-    a `note` says so. Raises FloatingPointError where the gradient is not finite, InputError where a reward is
-    not, or where training sees another policy than was sampled."""
-    parameters = [v] if isinstance(v, nn.Parameter) else v
-    optimizer = torch.optim.Adam(parameters, lr=config.lr)
+    Returns steps, completions, flat_groups (without variance), reward (the mean), logprob_gap (the mean
+    |log pi in training - in sampling|), seconds, and a `note` where nothing could be learned, so that v stays
+    0. Raises FloatingPointError for a gradient that is not finite, InputError for such a reward, and where
+    training sees a policy that differs from the sampled one by 1 or more a token."""
+    optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     shuffle, queue = generator(seed, "order", round), []
     n, size = config.group_size, min(config.prompts, len(ids))
@@ -746,7 +733,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
             gap += policy_gradient(model, *part, config.temperature)
         tokens = sum(len(completion.tokens) for part in parts for completion in part[1])
         steps, trained = steps + 1, trained + tokens
-        descend(optimizer, parameters, config.max_grad_norm, tokens)
+        descend(optimizer, config.max_grad_norm, tokens)
         training += time.perf_counter() - middle
     gap = sum(gather(gap)) / max(trained, 1)
     require(not gap >= 1, f"{type(model).__name__} changes its logits after its head (soft-capping, ...), "
@@ -755,10 +742,10 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
     return {"steps": steps, "completions": completions, "flat_groups": flat, "reward": total / completions,
             "logprob_gap": gap, "seconds": {"generate": generating, "train": training}, **note}
 
-def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float,
-            total: float) -> None:
+def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float) -> None:
     """One step on the gradients: summed over the processes (4 bytes a trained number), divided by `total`
     (here, as in the backward pass fp16 would underflow), clipped."""
+    parameters = optimizer.param_groups[0]["params"]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if processes() > 1:
@@ -771,22 +758,20 @@ def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], ma
 # Cross-entropy, for a classifier ----------------------------------------------------------------------------
 # loss = - mean of log p(label | x).
 
-def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple[dict, torch.Tensor]]], v: Trained,
-                  config: CEConfig, round: int = 0) -> dict[str, Any]:
-    """Train v for one round: an Adam step on the mean cross-entropy of each batch, `config.epochs` times.
-
-    batches() starts a pass over the data, an iterator of (the model's keyword inputs, labels [B]). Returns
-    steps, first_loss, last_loss and seconds. Raises FloatingPointError as `grpo`."""
+def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple[dict, torch.Tensor]]],
+                  v: nn.Parameter | list[nn.Parameter], config: CEConfig, round: int = 0) -> dict[str, Any]:
+    """Train v for one round: `config.epochs` passes, an Adam step on the mean cross-entropy of each batch.
+    batches() -> an iterator of (the model's keyword inputs, labels [B]). Raises as `grpo`."""
     model.eval()  # without dropout, as in evaluation
-    parameters = [v] if isinstance(v, nn.Parameter) else v
-    optimizer, losses, start = torch.optim.Adam(parameters, lr=config.lr), [], time.perf_counter()
+    optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
+    losses, start = [], time.perf_counter()
     data = (batch for _ in range(config.epochs) for batch in batches())
     for inputs, labels in progress(data, label=f"round {round + 1}"):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(**inputs).logits.float(), labels)
         loss.backward()
         losses.append(float(loss.detach()))
-        descend(optimizer, parameters, config.max_grad_norm, processes())
+        descend(optimizer, config.max_grad_norm, processes())
     require(losses, "cross_entropy: batches() gives no batch")
     return {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1],
             "seconds": {"train": time.perf_counter() - start}}
@@ -837,6 +822,7 @@ def replace(path: str | Path, write: Callable[[Path], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True)
         write(new)
         if path.is_dir():
             shutil.rmtree(path)
@@ -912,11 +898,14 @@ class FullFineTuning:
         self.model.requires_grad_(False)
         self.done += 1
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> None:  # those of the round before stay, until the record has this one
+        newest = path.with_name(f"weights-{self.done % 2}.safetensors")
         weights = {**dict(self.model.named_parameters()), "rounds done": torch.tensor(self.done)}
-        replace(path, lambda new: safetensors.torch.save_file(weights, new))
+        replace(newest, lambda new: safetensors.torch.save_file(weights, new))
+        replace(path, lambda new: new.symlink_to(newest.name))
 
     def resume(self, path: Path, rounds: int) -> None:
+        path = path.with_name(f"weights-{rounds % 2}.safetensors")
         weights = load(safetensors.torch.load_file, path, advice="choose another --out")
         self.done = int(weights.pop("rounds done", -1))
         require(self.done == rounds, f"{path} is of round {self.done}, not {rounds}: choose another --out")
@@ -948,8 +937,6 @@ class RunConfig(Settings):
         super().__post_init__()
         require(not (self.export_lora and self.method == "full"), "--export_lora: not with --method full")
         require(not (self.demo and (self.train_file or self.test_file)), "--demo makes its own data files")
-        require(not self.model.startswith((".", "/", "~")) or Path(self.model).is_dir(),
-                f"--model {self.model}: there is no such folder; name a model on the Hub, or try --demo")
         if self.dtype == "auto":
             gpu = torch.cuda.is_available() and not self.demo and self.method == "boost"
             self.dtype = "bfloat16" if gpu else "float32"
@@ -964,7 +951,7 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
     parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False,
                               usage="%(prog)s [flags]    (--help explains them)")
     parser.set_defaults(**defaults)
-    if "--demo" in sys.argv:
+    if parser.parse_args().demo:
         torch.set_num_threads(1)
         parser.set_defaults(**demo)
     return parser.parse_dict(vars(parser.parse_args()))
@@ -984,7 +971,7 @@ def run(main: Callable[[], None]) -> None:
     except FloatingPointError as error:
         code, message = 1, f"error: {error}; the rounds before this one are kept"
     except torch.OutOfMemoryError:
-        code, message = 1, "error: not enough GPU memory: lower --micro_batch_tokens or --group_size"
+        code, message = 1, "error: not enough GPU memory: lower --micro_batch_tokens"
     except KeyboardInterrupt:
         code, message = 130, "\nstopped: the same command goes on after the last finished round, if any"
     print(message, file=sys.stderr, flush=True)
@@ -1016,12 +1003,9 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
     return load(AutoModelForCausalLM.from_pretrained, args.model, dtype=dtype, advice=advice), tokenizer
 
 class TextTask:
-    """A task of prompts and grades for `boost`, learned by GRPO.
-
-    train: examples; tests: dict name -> examples; prompt(example) -> what the model is asked, which goes into
-    its chat template, if it has one; grade(texts, examples) -> a number for each answer, the reward: right is
-    what gets at least 1; lenient: another such grade, for the record alone. Examples that do not fit the
-    model's context are skipped, and counted. Raises InputError where none fits."""
+    """A task of prompts and grades for `boost`, learned by GRPO. prompt(example) -> what the model is asked,
+    in its chat template, if it has one; grade(texts, examples) -> the rewards, right from 1 on; lenient: a
+    grade for the record alone. Examples that do not fit the model's context are skipped, and counted."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence[Any],
                  tests: dict[str, Sequence[Any]], config: GRPOConfig, prompt: Callable[[Any], str],
@@ -1077,8 +1061,8 @@ def read_rows(path: str | Path, hub: str, split: str, fields: Sequence[str]) -> 
     opened = load(kind, path, "rt", encoding="utf-8", advice=advice)
     for number, text in enumerate(load(lambda _: opened.readlines(), path, advice=advice), 1):
         try:
-            rows.append(json.loads(text))
-        except ValueError:
+            rows.append({**json.loads(text)})
+        except (ValueError, TypeError):
             raise InputError(f"{path}, line {number}: not a JSON object, one a line") from None
         for field in fields:
             require(field in rows[-1], f"{path}, line {number}: the field '{field}' is missing")

@@ -583,11 +583,10 @@ def test_broken_off_anywhere_it_continues_to_the_same_bits(tmp_path, learner, co
             run_words(tmp_path / f"{stop_at}", learner, stop_at, config)
         _, again = run_words(tmp_path / f"{stop_at}", learner, config=config)
         assert state(tmp_path / f"{stop_at}") == expected and same_bits(bits(model), bits(again))
-    if learner is Booster:  # the vectors may be ahead of the record
-        record = tmp_path / "whole" / "rounds.jsonl"
-        record.write_text("".join(record.read_text().splitlines(keepends=True)[:3]))
-        run_words(tmp_path / "whole", config=config)
-        assert state(tmp_path / "whole") == expected
+    record = tmp_path / "whole" / "rounds.jsonl"  # what was learned may be there before its line is
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-1]))
+    _, again = run_words(tmp_path / "whole", learner, config=config)
+    assert state(tmp_path / "whole") == expected and same_bits(bits(model), bits(again))
 
 def test_more_rounds_continue_a_finished_run_and_fewer_are_refused(tmp_path):
     longer = dataclasses.replace(CONFIG, rounds=6)
@@ -610,7 +609,7 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
     check("seed 0 there, 1 here", config=dataclasses.replace(CONFIG, seed=1))
     check("lr 1 there, None here.*top_p None there, 1 here", settings={"top_p": 1})
     check("another base model", learner=lambda _, config: Booster(esm(bf16), config))
-    check("of round -1, not 4", learner=FullFineTuning)
+    check("weights-0.safetensors could not be loaded", learner=FullFineTuning)
     run_words(tmp_path, settings={"lr": 1, "workers": 9, "micro_batch_tokens": 9})  # these change no result
     for name, change, message in [
             ("adapters.safetensors", None, "missing"), ("rounds.jsonl", None, "missing"),
