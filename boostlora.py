@@ -16,7 +16,7 @@ The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) wh
                   one Adam step for each fresh batch, so the ratio is 1: no ratio, clip or KL        (ours)
                   Adam starts afresh each round                                                      (ours)
             or cross-entropy, for a classifier                                                      (paper)
-            `replay` adds right examples to F_t (for the classifier; 0 in GRPO)                      (ours)
+            `replay` adds right examples to F_t: 0, but for the classifier                           (ours)
         W_{t+1}  <-  round(W_0 + sum_{s<=t} U_s S_s R_s V_s^T): merge, discard the adapter          (paper)
                   summed in fp32 from W_0 every round, rounded once to the weight's dtype            (ours)
                   a round that learned nothing, or was taken back, keeps its slice, with v_t = 0     (ours)
@@ -188,7 +188,7 @@ def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
 
 class Booster:
     """W_0 of the targets (on the CPU, once a process), their basis, and v of every round; keeps the model's
-    weights equal to the formula above. All of the model is frozen. Raises InputError as `check_fit`."""
+    weights equal to the formula above. All of the model is frozen. Raises as `check_fit` and `svd_basis`."""
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.targets = model.requires_grad_(False), config, find_targets(model)
         self.k = self.check_fit(model, config)  # triplets used of each target
@@ -777,7 +777,7 @@ def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple[dict, t
             "seconds": {"train": time.perf_counter() - start}}
 
 # Processes --------------------------------------------------------------------------------------------------
-# Without torchrun nothing is initialised, and these are the identity.
+# Without torchrun nothing is initialised: one process, the first.
 
 def process() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -815,7 +815,7 @@ LOCKS: dict[Path, int] = {}  # the run folders of this process, each with its lo
 
 def replace(path: str | Path, write: Callable[[Path], Any]) -> None:
     """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder is removed first).
-    Under torchrun, the first process alone. Raises InputError where there is no room."""
+    Under torchrun, the first process alone. Raises InputError where that fails."""
     path, new = Path(path), Path(f"{path}.tmp")
     if process():
         return
