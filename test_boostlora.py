@@ -1,6 +1,6 @@
 """The paper's claims and the README's promises as tests, in the order of the files they test.
 
-    pytest                                 about 3 minutes on 2 cores; half of it is the demo, run and killed
+    pytest                                 some minutes on 2 cores; half of it is the demo, run and killed
     BOOSTLORA_DATA=folder pytest           also on the real data sets, from the files in that folder
 """
 
