@@ -43,7 +43,9 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # Settings ---------------------------------------------------------------------------------------------------
 # Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
@@ -66,8 +68,8 @@ class Settings:
         for name, kind in [(field.name, field.type) for field in dataclasses.fields(self)]:
             value, least, choices = getattr(self, name), self.least.get(name, 0), get_args(kind)
             require(not choices or value in choices, f"--{name} {value}: must be one of {', '.join(choices)}")
-            require(isinstance(value, str) or least <= value < math.inf,
-                    f"--{name} {value}: must be at least {least}")
+            fits = isinstance(value, str) or least <= value < math.inf
+            require(fits, f"--{name} {value}: must be at least {least}")
 
 @dataclass
 class BoostConfig(Settings):
@@ -126,8 +128,7 @@ def svd_basis(weight: torch.Tensor, k: int, name: str = "the weight") -> tuple[t
     in magnitude is positive. Raises InputError where there are no k triplets above 1e-6 S_0."""
     W, shape = weight.detach().double(), list(weight.shape)
     require(W.isfinite().all() and k <= min(shape), f"{name} {shape} is not finite, or has no {k} triplets")
-    wide = shape[0] < shape[1]
-    W = W.T if wide else W
+    W = W.T if (wide := shape[0] < shape[1]) else W
     values, vectors = torch.linalg.eigh(W.T @ W)  # ascending
     S, right = values.flip(0)[:k].clamp(min=0).sqrt(), vectors.flip(1)[:, :k]
     require((S > 1e-6 * S[:1]).all(), f"{name} {shape} has fewer than {k} triplets: lower --rank or --rounds")
@@ -140,9 +141,8 @@ def svd_basis(weight: torch.Tensor, k: int, name: str = "the weight") -> tuple[t
 # One module's update in one round: dW_t = U_t S_t R_t V_t^T with R_t = sum_i v_{t,i} P_{t,i}.
 
 class TinyLoRA(nn.Module):
-    """U [out, r], S [r], V [in, r] and P [u, r, r] are fixed, fp32; all modules of a round share
-    v [groups, u], this one reads row `group`. `dtype`: of inputs and output. Change v in place, not through
-    v.data: its version tells when R V^T must be formed again."""
+    """U [out, r], S [r], V [in, r], P [u, r, r], fp32, are fixed; it reads row `group` of v [groups, u].
+    `dtype`: of inputs and output. Change v in place: its version tells when R V^T must be formed again."""
 
     def __init__(self, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor, P: torch.Tensor, v: nn.Parameter,
                  group: int, dtype: torch.dtype = torch.float32):
@@ -156,9 +156,7 @@ class TinyLoRA(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> the update's output [..., out]."""
-        if torch.is_grad_enabled():
-            return F.linear(F.linear(x, self.down().to(x.dtype)), self.up)
-        if self.version != self.v._version:  # sampling runs many forwards with one v: form R V^T once
+        if torch.is_grad_enabled() or self.version != self.v._version:  # sampling forms R V^T once for a v
             self.folded, self.version = self.down().to(x.dtype), self.v._version
         return F.linear(F.linear(x, self.folded), self.up)
 
@@ -173,16 +171,16 @@ class TinyLoRA(nn.Module):
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
-    blocks are the longest outermost nn.ModuleList, of the language model where there is a vision tower too.
-    Raises InputError where there is none."""
+    blocks are the longest outermost nn.ModuleList, of the language model where there are others. Raises
+    InputError where there is none."""
     text = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in text}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     require(outer, f"{type(model).__name__} has no nn.ModuleList of transformer blocks")
     prefix = max(outer, key=lambda name: len(lists[name]))
     inside = dict(lists[prefix].named_modules())
-    targets = {f"{prefix}.{name}": m for name, m in inside.items() if isinstance(m, nn.Linear)}
     kinds = ", ".join(sorted({type(m).__name__ for m in inside.values() if hasattr(m, "weight")}))
+    targets = {f"{prefix}.{name}": m for name, m in inside.items() if isinstance(m, nn.Linear)}
     require(targets, f"{type(model).__name__}: '{prefix}' holds no nn.Linear, only {kinds}")
     return targets
 
@@ -207,12 +205,12 @@ class Booster:
     def check_fit(model: nn.Module, config: BoostConfig) -> int:
         """How many triplets k are used. Raises InputError where a target has fewer."""
         targets, k = find_targets(model), config.rank * (1 if config.basis == "top" else config.rounds)
-        name, linear = min(targets.items(), key=lambda target: min(target[1].weight.shape))
-        shape, kinds = list(linear.weight.shape), {m.weight.dtype for m in targets.values()}
-        require(all(kind.is_floating_point for kind in kinds), f"{kinds} weights: load the model unquantised")
-        require(k <= min(shape), f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular "
-                f"triplets, but {name} {shape} has {min(shape)}: lower one of them")
         require(config.groups <= len(targets), f"--groups {config.groups}: there are {len(targets)} targets")
+        for name, linear in targets.items():
+            kind, shape = linear.weight.dtype, list(linear.weight.shape)
+            require(kind.is_floating_point, f"{name} has {kind} weights: load the model unquantised")
+            require(k <= min(shape), f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular "
+                                     f"triplets, but {name} {shape} has {min(shape)}: lower one of them")
         return k
 
     @staticmethod
@@ -238,11 +236,10 @@ class Booster:
 
     def attach(self) -> nn.Parameter:
         """A fresh adapter for the next round, active in the forward: v, fp32 zeros [groups, u]; one that was
-        not merged is dropped. Raises RuntimeError where all rounds are done."""
+        not merged is dropped. Raises InputError where all rounds are done."""
         self.detach()
         t, device = len(self.vectors), next(iter(self.targets.values())).weight.device
-        if t >= self.config.rounds:
-            raise RuntimeError(f"all {t} rounds are done")
+        require(t < self.config.rounds, f"attach: all {t} rounds are done")
         self.v = nn.Parameter(torch.zeros(self.groups, self.config.u, device=device))
         columns, values = self.slices(t)
         for name, linear in self.targets.items():
@@ -259,9 +256,8 @@ class Booster:
             self.hooks.pop().remove()
 
     def merge(self) -> None:
-        """Detach the adapter, keep its v, write the weights. Raises RuntimeError where none is attached."""
-        if not self.hooks:
-            raise RuntimeError("merge: no adapter is attached")
+        """Detach the adapter, keep its v, write the weights. Raises InputError where none is attached."""
+        require(self.hooks, "merge: no adapter is attached")
         self.detach()
         self.vectors.append(self.v.detach().cpu())
         self.write()
@@ -283,7 +279,7 @@ class Booster:
 
     def core(self, name: str, rounds: Iterable[int] | None = None) -> torch.Tensor:
         """C [k, k], fp32 on the CPU, with delta = U C V^T: the blocks S_t R_t along its diagonal (top: all in
-        one place). U and V are orthonormal, so delta's norm and singular values are those of C."""
+        one place). As U and V are orthonormal, delta's norm and singular values are those of C."""
         C, S = torch.zeros(self.k, self.k), self.basis[name][1].cpu()
         for t in range(len(self.vectors)) if rounds is None else rounds:
             columns, values = self.slices(t)
@@ -314,9 +310,9 @@ class Booster:
 
     def summary(self) -> dict[str, Any]:
         """For the record: norm of the last round's update, all targets; of the sum, norm, rank, fidelity."""
-        last, every, ranks = len(self.vectors) - 1, range(len(self.vectors)), self.rank().values()
+        every, ranks = range(len(self.vectors)), self.rank().values()
         norm, total = (math.sqrt(sum(float(self.core(name, ts).square().sum()) for name in self.targets))
-                       for ts in (every[last:], every))
+                       for ts in (every[-1:], every))
         return {"norm": norm, "total_norm": total, "rank": {"min": min(ranks), "max": max(ranks)},
                 "fidelity": self.fidelity()}
 
@@ -330,13 +326,11 @@ class Booster:
     @staticmethod
     def read(path: str | Path) -> tuple[BoostConfig, torch.Tensor, torch.Tensor, str]:
         """A file's configuration, v, fingerprint of the basis, checksum of the base. Raises InputError."""
-        try:
+        def parts(path: str | Path) -> tuple:
             with safetensors.safe_open(path, "pt") as f:
-                about = json.loads((f.metadata() or {})["boostlora"])
-                config = BoostConfig(**about["config"])
-                return config, f.get_tensor("v"), f.get_tensor("basis"), about["base"]
-        except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged, missing, or not a BoostLoRA file ({error})") from None
+                about = json.loads(f.metadata()["boostlora"])
+                return BoostConfig(**about["config"]), f.get_tensor("v"), f.get_tensor("basis"), about["base"]
+        return load(parts, path, advice="it is missing, damaged, or not a BoostLoRA file")
 
     def resume(self, path: str | Path, rounds: int | None = None,
                weights: Sequence[float] | None = None) -> None:
@@ -344,15 +338,13 @@ class Booster:
         write the weights. InputError for a damaged file or another base model, configuration or basis."""
         theirs, v, fingerprint, base = self.read(path)
         require(base == self.checksum, f"{path} is of another base model, or of another --dtype")
-        for name in ("rank", "u", "groups", "basis", "seed"):
-            mine, other = getattr(self.config, name), getattr(theirs, name)
-            require(mine == other, f"{path} has {name} {other}, not {mine}")
-        require(v.shape[1:] == (self.groups, self.config.u) and v.isfinite().all(),
-                f"{path} is damaged: v is {list(v.shape)} or not finite")
+        mine = dataclasses.replace(self.config, rounds=theirs.rounds)
+        require(theirs == mine, f"{path} is of {theirs}, not {mine}")
         rounds, weights = len(v) if rounds is None else rounds, weights or [1.0] * len(v)
         require(0 <= rounds <= min(len(v), self.config.rounds) and len(weights) == len(v),
                 f"{path} has {len(v)} rounds, not {rounds}, and takes as many weights, not {len(weights)}")
         k = min(self.k, fingerprint.shape[1])
+        require(v.shape[1:] == (self.groups, self.config.u) and v.isfinite().all(), f"{path}: v is damaged")
         require(torch.allclose(self.fingerprint[:, :k], fingerprint[:, :k], rtol=0, atol=1e-2),
                 f"{path}: this machine finds another singular basis; use the LoRA that --export_lora writes")
         self.vectors = [v[t] * weights[t] for t in range(rounds)]
@@ -377,13 +369,9 @@ class Booster:
         base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
         config = {"peft_type": "LORA", "r": self.k, "lora_alpha": self.k, "lora_dropout": 0.0, "bias": "none",
                   "target_modules": [*self.targets], "base_model_name_or_path": base}
-
-        def write(path: Path) -> None:
-            path.mkdir()
-            safetensors.torch.save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
-            (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-        replace(folder, write)
+        file, about = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json"
+        replace(file, lambda new: safetensors.torch.save_file(tensors, new, {"format": "pt"}))
+        replace(about, lambda new: new.write_text(json.dumps(config, indent=2) + "\n"))
 
 # The loop ---------------------------------------------------------------------------------------------------
 # F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t), until t = T or F_t = {}.
@@ -397,15 +385,14 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
         task.tests                       dict: name -> examples
         task.evaluate(examples)          -> (list of bool: right?, dict of further metrics)
         task.fit(examples, v, round)     -> dict of statistics; trains v in place
-        task.effort(count)               optional: evaluations that a round on `count` examples costs
+        task.effort                      optional: what training on an example costs, in evaluations
 
     Tests run at the start, at the end and every `test_every` rounds. The same call again continues a run that
     was broken off. Returns the lines of rounds.jsonl. Raises InputError where `out` holds another run."""
+    out, config = Path(out), booster.config
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
-    require(booster.config.accept == "all" or hasattr(booster, "rollback"),
-            "--accept better: this learner cannot take a round back")
-    out, config, data = Path(out), booster.config, to_json([list(task.train), task.tests]).encode()
-    data = hashlib.sha256(data).hexdigest()[:16]
+    require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
+    data = hashlib.sha256(to_json([list(task.train), task.tests]).encode()).hexdigest()[:16]
     settings = claim(out, {**dataclasses.asdict(config), **(settings or {}), "data": data})
     records = resume(out, booster)
     replace(out / "config.json", lambda new: new.write_text(to_json(settings)))
@@ -432,15 +419,9 @@ def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
             each = seconds["evaluate"] / sum(map(len, [task.train, *task.tests.values()]))
             say(f"          about {estimate(task, config, each, found['failures'])} to go")
 
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        for part in (booster.model, tokenizer):
-            if hasattr(part, "save_pretrained"):
-                part.save_pretrained(folder)
-            elif part is not None:
-                torch.save(part.state_dict(), folder / "model.pt")
-
-    replace(out / "model", write)
+    parts = [part for part in (booster.model, tokenizer) if hasattr(part, "save_pretrained")]
+    if parts:  # of transformers
+        replace(out / "model", lambda new: [part.save_pretrained(new) for part in parts])
     say("\n" + "\n".join(describe(record, config.rounds) for record in records))
     return records
 
@@ -455,56 +436,56 @@ def sampled(items: Sequence[Any], count: int, *key: Any) -> list[Any]:
     chosen = torch.randperm(len(items), generator=generator(*key))[:count]
     return [items[i] for i in sorted(chosen.tolist())]
 
+def failures(task: Any, examples: Sequence[Any]) -> tuple[list[int], dict[str, Any]]:
+    """The indices of the wrong ones, and further metrics: of one process, as a grader may use a clock."""
+    right, metrics = gather(task.evaluate(examples))[0]
+    return [i for i, ok in enumerate(right) if not ok], metrics
+
 def measure(booster: Any, task: Any, records: list[dict], t: int, test_every: int) -> dict[str, Any]:
     """What the record says of the model after round t (-1: the base model): F_{t+1}, what changed against
     F_t, and, where it is due, the tests. Takes the round back first if `accept` wants that."""
-    config, everything, last = booster.config, range(len(task.train)), t + 1 == booster.config.rounds
-    before = set(records[-1]["failed"]) if records else set()
-    right = sorted({*everything} - before)
-    count = math.ceil(len(right) * (config.recheck if records and not last else 1))
-    looked = sorted([*before, *sampled(right, count, config.seed, "recheck", t)])
-    # The labels of one process, as a grader may use a clock.
-    labels, metrics = gather(task.evaluate([task.train[i] for i in looked]))[0]
-    if all(labels) and len(looked) < len(everything):  # before the run ends, look at all
-        looked, (labels, metrics) = everything, gather(task.evaluate(task.train))[0]
-    failed = [i for i, ok in zip(looked, labels, strict=True) if not ok]  # others were right, and stay so
-    found = {"round": t + 1}
+    config, everything, last = booster.config, [*range(len(task.train))], t + 1 == booster.config.rounds
+    before = records[-1]["failed"] if records else everything
+    right = sorted({*everything} - {*before})
+    some = sampled(right, math.ceil(len(right) * (1 if last else config.recheck)), config.seed, "recheck", t)
+    looked = sorted(before + some)
+    failed, metrics = failures(task, [task.train[i] for i in looked])
+    if not failed and looked != everything:  # before the run ends, look at all
+        looked, (failed, metrics) = everything, failures(task, task.train)
+    failed, found = [looked[i] for i in failed], {"round": t + 1}  # others were right, and stay so
     if config.accept == "better" and records and len(failed) > len(before):
         booster.rollback()
-        found["note"], failed = f"taken back: it left {len(failed)} failures", sorted(before)
-    elif len(looked) == len(everything):
+        found["note"], failed = f"taken back: it left {len(failed)} failures", before
+    elif looked == everything:
         found |= {f"train_{name}": value for name, value in metrics.items()}
-    fixed, regressed = (before - set(failed), set(failed) - before) if records else ((), ())
-    found |= {"failures": len(failed), "fixed": len(fixed), "regressed": len(regressed),
-              "train_accuracy": 1 - len(failed) / len(everything)}
+    found |= {"failures": len(failed), "fixed": len({*before} - {*failed}) if records else 0,
+              "regressed": len({*failed} - {*before}), "train_accuracy": 1 - len(failed) / len(everything)}
     due = t < 0 or last or not failed or (test_every and (t + 1) % test_every == 0)
     for name, examples in task.tests.items() if due else ():
-        right, metrics = gather(task.evaluate(examples))[0]
-        wrong = {i for i, ok in enumerate(right) if not ok}
-        base = set(records[0][f"{name}_failed"]) if records else wrong
+        wrong, metrics = failures(task, examples)
+        base = records[0][f"{name}_failed"] if records else wrong
         found |= {f"{name}_accuracy": 1 - len(wrong) / len(examples),
                   **{f"{name}_{metric}": value for metric, value in metrics.items()},
-                  f"{name}_fixed": len(base - wrong), f"{name}_regressed": len(wrong - base),
-                  f"{name}_failed": sorted(wrong)}
+                  f"{name}_fixed": len({*base} - {*wrong}), f"{name}_regressed": len({*wrong} - {*base}),
+                  f"{name}_failed": wrong}
     return {**found, "failed": failed}
 
-def estimate(task: Any, config: BoostConfig, each: float, failed: int) -> timedelta:
-    """How long rounds and last tests will take, at `each` seconds an example, if as many keep failing."""
+def estimate(task: Any, config: BoostConfig, each: float, failed: int, first: bool = False) -> timedelta:
+    """How long rounds and last tests (and the first evaluation) will take, at `each` seconds an example, if
+    as many keep failing."""
     train, tests = len(task.train), sum(map(len, task.tests.values()))
     count = train if config.replay < 0 else min(train, int((1 + config.replay) * failed))
-    effort = task.effort(count) if hasattr(task, "effort") else count
-    looked = failed + config.recheck * (train - failed)
-    return timedelta(seconds=round(each * (config.rounds * (effort + looked) + tests)))
+    each_round = getattr(task, "effort", 1) * count + failed + config.recheck * (train - failed)
+    return timedelta(seconds=round(each * (config.rounds * each_round + tests + first * (train + tests))))
 
 def describe(r: dict[str, Any], rounds: int) -> str:
     """The line of a round."""
     text = f"round {r['round']:2d}/{rounds}  failures {r['failures']:4d}"
-    text += f" ({r['fixed']:3d} fixed, {r['regressed']:3d} regressed)" if r["round"] else " " * 28
+    text += f" ({r['fixed']:3d} fixed, {r['regressed']:3d} regressed)"
     text += "".join(f"  {key.removesuffix('_accuracy').replace('_', ' ')} {100 * value:.1f} %"
                     for key, value in r.items() if key.endswith("_accuracy"))
-    if r["round"]:
-        text += "".join(f"  {name} {r[name]:.2f}" for name in ("norm", "fidelity") if name in r)
-        text += f"  rank {r['rank']['max']}" if "rank" in r else ""
+    text += "".join(f"  {name} {r[name]:.2f}" for name in ("norm", "fidelity") if name in r)
+    text += f"  rank {r['rank']['max']}" if "rank" in r else ""
     text += f"  {timedelta(seconds=round(sum(r['seconds'].values())))}"
     if r.get("fidelity", 1) < 0.5:
         text += "\n          rounding the weights loses more than half of the update: try --dtype float32"
@@ -512,9 +493,8 @@ def describe(r: dict[str, Any], rounds: int) -> str:
 
 # Generation -------------------------------------------------------------------------------------------------
 # argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO. Why not model.generate: it keeps finished
-# rows in the batch, encodes a prompt once for each of its completions, and inherits the model's
-# generation_config (top_k, top_p, repetition_penalty), while a policy gradient needs the untruncated
-# distribution and a greedy evaluation no penalty.
+# rows in the batch, encodes a prompt once for each completion, and takes top_k, top_p and penalties from the
+# model's generation_config, where a policy gradient needs the untruncated distribution.
 
 class Completion(NamedTuple):
     text: str
@@ -546,8 +526,8 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
             done = decode(model, [ids[i] for i in chunk], n, temperature, max_new_tokens, stops, draws, bar)
             rows.update(zip(numbers, done, strict=True))
     rows = {number: row for part in gather(rows) for number, row in part.items()}
-    ordered = [rows[number] for number in range(len(rows))]
-    return [Completion(tokenizer.decode(row[0], skip_special_tokens=True), *row) for row in ordered]
+    return [Completion(tokenizer.decode(row[0], skip_special_tokens=True), *row)
+            for row in map(rows.get, range(len(rows)))]
 
 def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int) -> int:
     """How many of the prompts, of these lengths, the longest first, go into one batch. Their n rows' keys and
@@ -636,22 +616,6 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> torch.Tensor:
     flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) < 1e-4
     return ((r - r.mean(1, keepdim=True)) / r.std(1, correction=0, keepdim=True)).masked_fill(flat, 0.0)
 
-def takes_masks(model: nn.Module) -> bool:
-    """Whether the model uses a 4-D mask and positions of ours as they are. Flash attention refuses them;
-    sliding windows and ALiBi would be lost."""
-    config = model.config.get_text_config()
-    return (config._attn_implementation in ("sdpa", "eager")
-            and "position_ids" in inspect.signature(model.base_model.forward).parameters
-            and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-            and not any(getattr(config, name, None) for name in ("sliding_window", "window_size", "alibi")))
-
-def split(prompt: list[int], completions: Sequence[Completion], advantages: Sequence[float],
-          limit: int) -> list[tuple[list[int], list[Completion], list[float]]]:
-    """A group in parts (prompt, completions, advantages) of at most `limit` tokens, or of one completion."""
-    size = max(1, (limit - len(prompt)) // max(len(c.tokens) for c in completions))
-    return [(prompt, completions[i:i + size], advantages[i:i + size])
-            for i in range(0, len(completions), size)]
-
 def completion_states(model: nn.Module, prompt: list[int], completions: Sequence[Completion]) -> torch.Tensor:
     """The states [tokens, d] that predict the completions' tokens, from one sequence: the prompt, then its
     completions side by side."""
@@ -674,22 +638,20 @@ def completion_states(model: nn.Module, prompt: list[int], completions: Sequence
 def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
                     advantages: Sequence[float], temperature: float) -> float:
     """Backward pass of - sum_i A_i log pi(y_i); returns the sum of |log pi here - log pi in sampling|. The
-    head goes chunk by chunk, forward and back, so that all logits of a pass never exist at once."""
+    head goes chunk by chunk, so that all logits of a pass never exist at once."""
     states, head = completion_states(model, prompt, completions), model.get_output_embeddings()
     tokens = torch.tensor([token for c in completions for token in c.tokens], device=model.device)
     sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
     lengths = torch.tensor([len(c.tokens) for c in completions])
     weights = torch.tensor(advantages).repeat_interleave(lengths).to(model.device)  # A_i of each token
-    size, gap, gradients = max(1, 2**25 // model.config.get_text_config().vocab_size), 0.0, []
-    for part in zip(*(x.split(size) for x in (states.detach(), tokens, sampled, weights)), strict=True):
-        leaf, token, old, weight = part[0].requires_grad_(), *part[1:]
-        logits = head(leaf).float() / temperature
-        logprobs = logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
-        (-(weight * logprobs).sum()).backward()
-        gradients.append(leaf.grad)
-        gap += float((logprobs.detach() - old).abs().sum())
-    states.backward(torch.cat(gradients))
-    return gap
+    def logprobs(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = head(states).float() / temperature
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    size = max(1, 2**25 // model.config.get_text_config().vocab_size)
+    chunks = zip(states.split(size), tokens.split(size), strict=True)
+    trained = torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+    (-(weights * trained).sum()).backward()
+    return float((trained.detach() - sampled).abs().sum())
 
 def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
          reward: Callable[[list[int], list[str]], list[float]], v: nn.Parameter | list[nn.Parameter],
@@ -698,14 +660,14 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
     times sample, reward, advantages, one Adam step. reward(indices into prompts, texts) -> a number for each.
 
     Returns steps, completions, flat_groups (without variance), reward (the mean), logprob_gap (the mean
-    |log pi in training - in sampling|), seconds, and a `note` where nothing could be learned, so that v stays
-    0. Raises FloatingPointError for a gradient that is not finite, InputError for such a reward, and where
-    training sees a policy that differs from the sampled one by 1 or more a token."""
+    |log pi in training - in sampling|), seconds, and a `note` where nothing could be learned. Raises
+    FloatingPointError for a gradient that is not finite, InputError for such a reward, and a gap from 1."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     shuffle, queue = generator(seed, "order", round), []
     n, size = config.group_size, min(config.prompts, len(ids))
-    limit = config.micro_batch_tokens if takes_masks(model) else 0
+    about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
+    masks = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
     steps = completions = flat = trained = 0
     total = gap = generating = training = 0.0
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), label=f"round {round + 1}"):
@@ -722,8 +684,12 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
         advantages = group_advantages(rewards, n)
         informative = advantages.any(1)
         flat += int((~informative).sum())
-        parts = [part for j, i in enumerate(chosen) if informative[j]
-                 for part in split(ids[i], done[j * n:(j + 1) * n], advantages[j].tolist(), limit)]
+        parts = []  # (prompt, completions, advantages): a group, cut to --micro_batch_tokens
+        for j in informative.nonzero().flatten().tolist():
+            prompt, group = ids[chosen[j]], done[j * n:(j + 1) * n]
+            room = (config.micro_batch_tokens - len(prompt)) // max(len(c.tokens) for c in group)
+            cuts = range(0, n, max(1, room) if masks else 1)
+            parts += [(prompt, group[k:k + cuts.step], advantages[j, k:k + cuts.step].tolist()) for k in cuts]
         middle = time.perf_counter()
         generating += middle - start
         if not parts:
@@ -756,11 +722,10 @@ def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float
     optimizer.step()
 
 # Cross-entropy, for a classifier ----------------------------------------------------------------------------
-# loss = - mean of log p(label | x).
 
 def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple[dict, torch.Tensor]]],
                   v: nn.Parameter | list[nn.Parameter], config: CEConfig, round: int = 0) -> dict[str, Any]:
-    """Train v for one round: `config.epochs` passes, an Adam step on the mean cross-entropy of each batch.
+    """Train v for one round: `config.epochs` passes, an Adam step on - mean log p(label | x) of each batch.
     batches() -> an iterator of (the model's keyword inputs, labels [B]). Raises as `grpo`."""
     model.eval()  # without dropout, as in evaluation
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
@@ -806,29 +771,24 @@ def progress(iterable: Iterable | None = None, label: str = "", total: int | Non
     return tqdm(iterable, label, total, leave=False, disable=True if process() else None, dynamic_ncols=True)
 
 # The state of a run -----------------------------------------------------------------------------------------
-# adapters.safetensors, the vectors, and rounds.jsonl, what was measured. Each is replaced atomically, the
-# vectors first; a round counts once its line is there, and one without a line is done again with the same
-# random numbers. So a run that was killed at any moment ends with the bits of an unbroken one.
+# adapters.safetensors and rounds.jsonl are replaced atomically, in this order. A round counts once its line
+# is there; one without is done again, with the same random numbers: a killed run ends with the same bits.
 
 FREE = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}  # may change
-LOCKS: dict[Path, int] = {}  # the run folders of this process, each with its locked file
 
 def replace(path: str | Path, write: Callable[[Path], Any]) -> None:
     """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder is removed first).
-    Under torchrun, the first process alone. Raises InputError where that fails."""
+    The first process alone does it. Raises OSError, or a SafetensorError, as where the disk is full."""
     path, new = Path(path), Path(f"{path}.tmp")
     if process():
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(new, ignore_errors=True)
-        new.unlink(missing_ok=True)
-        write(new)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(new, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"could not write {path} ({error}): make room and start again") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(new, ignore_errors=True)
+    new.unlink(missing_ok=True)
+    write(new)
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(new, path)
 
 def to_json(value: Any) -> str:
     """JSON; tensors and numpy's numbers as plain ones, sets in order, other objects as their fields."""
@@ -840,22 +800,18 @@ def claim(out: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Lock a run folder until this process ends. Returns what belongs into its config.json. Raises InputError
     where another process works in it, or it holds a run with other settings, which are named."""
     import fcntl
-    out = Path(out).resolve()
-    path, there = out / "config.json", {}
-    if not process() and out not in LOCKS:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            file = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT)  # for writing: NFS locks no other
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path, there = Path(out) / "config.json", {}
+    if not process():
+        try:  # a lock of this process, for writing: NFS has no other; the file stays open
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path.with_name(".lock"), os.O_WRONLY | os.O_CREAT)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"--out {out} is in use by another process, or cannot be locked ({error}): "
                              "choose another") from None
-        LOCKS[out] = file
-    try:
-        there = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError):
-        raise InputError(f"{path} is damaged: choose another --out") from None
-    require(there or not (out / "rounds.jsonl").exists(), f"{path} is missing: choose another --out")
+    if path.exists():
+        there = load(lambda path: dict(json.loads(path.read_text())), path, advice="choose another --out")
+    require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
     versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
     here = {"data": there.get("data"), **json.loads(to_json(settings)), "versions": versions}
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
@@ -866,15 +822,11 @@ def claim(out: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
 def resume(out: Path, learner: Any) -> list[dict[str, Any]]:
     """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them. Raises
     InputError where a file is damaged or missing."""
-    path, vectors, records = out / "rounds.jsonl", out / "adapters.safetensors", []
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else []):
-        try:
-            records.append(json.loads(text))
-            whole = (records[-1]["round"], records[-1]["failures"]) == (number, len(records[-1]["failed"]))
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        require(whole, f"{path}, line {number + 1} is damaged: delete it and all lines after it, and those "
-                "rounds are computed again")
+    path, vectors = out / "rounds.jsonl", out / "adapters.safetensors"
+    records = read_rows(path, "", "", ["round", "failures", "failed"]) if path.exists() else []
+    for t, r in enumerate(records):
+        require(t == r["round"] and r["failures"] == len(r["failed"]), f"{path}, line {t + 1} is damaged: "
+                "delete it and all lines after it, and those rounds are computed again")
     done, rounds = len(records) - 1, learner.config.rounds
     require(done <= rounds, f"{out} has {done} rounds, more than --rounds {rounds}; for a shorter model use "
             f"Booster.load(model, '{vectors}', rounds={rounds})")
@@ -966,12 +918,8 @@ def run(main: Callable[[], None]) -> None:
             # Two hours, as the first process may download or grade while the others wait.
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         return main()
-    except InputError as error:
+    except (InputError, FloatingPointError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
         code, message = 2, f"error: {error}"
-    except FloatingPointError as error:
-        code, message = 1, f"error: {error}; the rounds before this one are kept"
-    except torch.OutOfMemoryError:
-        code, message = 1, "error: not enough GPU memory: lower --micro_batch_tokens"
     except KeyboardInterrupt:
         code, message = 130, "\nstopped: the same command goes on after the last finished round, if any"
     print(message, file=sys.stderr, flush=True)
@@ -981,7 +929,7 @@ def load(f: Callable[..., Any], *args: Any, advice: str, **options: Any) -> Any:
     """f(*args), a model on this process's device, where a library's error becomes one sentence."""
     try:
         loaded = f(*args, **options)
-    except (OSError, ValueError, EOFError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{args[0]} could not be loaded ({reason}): {advice}") from None
     if isinstance(loaded, nn.Module) and loaded.device.type != "meta":
@@ -1013,6 +961,7 @@ class TextTask:
                  lenient: Callable[[list[str], list[Any]], list[float]] | None = None, seed: int = 0):
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.prompt, self.grade, self.lenient = prompt, grade, lenient
+        self.effort = 1.5 * config.epochs * config.group_size  # training costs half of sampling
         self.train = self.fitting(train)
         self.tests = {name: self.fitting(examples) for name, examples in tests.items()}
 
@@ -1046,27 +995,22 @@ class TextTask:
                     lambda indices, texts: self.grade(texts, [examples[i] for i in indices]),
                     v, self.config, round, self.seed)
 
-    def effort(self, count: int) -> float:
-        """Sampling a completion costs an evaluation; training on those that differ, half as much in all."""
-        return 1.5 * self.config.epochs * count * self.config.group_size
-
 def read_rows(path: str | Path, hub: str, split: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of a .jsonl or .jsonl.gz file, or without a path of a Hub data set, `owner/name` or
     `owner/name:config`. Raises InputError, with the line, where one lacks a field."""
-    rows, advice = [], "give --train_file and --test_file in JSONL and UTF-8, or try --demo"
     if not path:
         from datasets import load_dataset
+        advice = "give --train_file and --test_file, or try --demo"
         return list(load(load_dataset, *hub.split(":"), split=split, advice=advice))
-    kind = gzip.open if str(path).endswith(".gz") else open
-    opened = load(kind, path, "rt", encoding="utf-8", advice=advice)
-    for number, text in enumerate(load(lambda _: opened.readlines(), path, advice=advice), 1):
-        try:
-            rows.append({**json.loads(text)})
-        except (ValueError, TypeError):
-            raise InputError(f"{path}, line {number}: not a JSON object, one a line") from None
-        for field in fields:
-            require(field in rows[-1], f"{path}, line {number}: the field '{field}' is missing")
+    def read(path: str | Path) -> list[Any]:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            return json.loads("[" + ",\n".join(map(str.rstrip, file)) + "]")  # an error's line is the file's
+    rows = load(read, path, advice="mend or delete that line: one JSON object a line, in UTF-8")
     require(rows, f"{path}: the file is empty")
+    for number, row in enumerate(rows, 1):
+        for field in fields:
+            require(isinstance(row, dict) and field in row,
+                    f"{path}, line {number}: the field '{field}' is missing")
     return rows
 
 def pretrain(model: nn.Module, batch: Callable[[], dict[str, torch.Tensor]], steps: int) -> None:
@@ -1086,10 +1030,9 @@ def finish(args: RunConfig, config: BoostConfig, settings: dict[str, Any], model
     """Boost, export, and say what came of it."""
     if not (args.demo or torch.cuda.is_available() or (Path(args.out) / "rounds.jsonl").exists()):
         some, start = sampled(task.train, 64, "estimate"), time.perf_counter()  # a batch like those to come
-        wrong = 1 - sum(task.evaluate(some)[0]) / len(some)
+        failed = task.evaluate(some)[0].count(False) * len(task.train) // len(some)
         each = (time.perf_counter() - start) / len(some)
-        left = estimate(task, config, each, int(wrong * len(task.train))) + timedelta(seconds=round(
-            each * sum(map(len, [task.train, *task.tests.values()]))))
+        left = estimate(task, config, each, failed, first=True)
         say(f"no GPU: about {left} for this run, by a first batch; --demo shows the method in minutes")
     booster = Booster(model, config) if args.method == "boost" else FullFineTuning(model, config)
     boost(booster, task, args.out, args.test_every, settings, tokenizer)

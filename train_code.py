@@ -27,13 +27,9 @@ from boostlora import (
 
 MBPP, HUMANEVAL = "google-research-datasets/mbpp:full", "openai/openai_humaneval"
 TRAIN_IDS, TEST_IDS = range(601, 975), range(11, 511)  # MBPP's task_ids
-FIELDS = {  # that a row must have, beside its task_id
-    "mbpp": {"text": str, "test_setup_code": str, "test_list": list},
-    "humaneval": {"prompt": str, "entry_point": str, "test": str}}
-EXPERT = "You are an expert Python programmer"
-ASK_MBPP = (EXPERT + ", and here is your task: {}\n\nYour code should pass these tests:\n\n{}\n\n"
-            "Put the whole code in one ```python block.")
-ASK_HUMANEVAL = (EXPERT + ". Complete this function:\n\n```python\n{}\n```\n\n"
+ASK_MBPP = ("You are an expert Python programmer, and here is your task: {}\n\nYour code should pass these "
+            "tests:\n\n{}\n\nPut the whole code in one ```python block.")
+ASK_HUMANEVAL = ("You are an expert Python programmer. Complete this function:\n\n```python\n{}\n```\n\n"
                  "Put the whole function, with its imports, in one ```python block.")
 DEFAULTS = {"model": "Qwen/Qwen2.5-3B-Instruct", "out": "runs/code"}
 DEMO = {"out": "runs/code-demo", "rounds": 8, "rank": 4, "u": 16, "groups": 0, "epochs": 2.0, "prompts": 32,
@@ -42,58 +38,50 @@ DEMO = {"out": "runs/code-demo", "rounds": 8, "rank": 4, "u": 16, "groups": 0, "
 @dataclass
 class SandboxConfig(Settings):
     """What a candidate, the code of one completion, may take."""
-
     workers: int = setting(0, "candidates that run at a time; 0: one for each CPU of this process")
     cpu_seconds: float = setting(12.0, "CPU time of a candidate; MBPP's slowest solution takes 4.7 s")
     wall_seconds: float = setting(30.0, "time by the clock of a candidate and its tests together")
     memory_mb: int = setting(1024, "address space of a candidate, in MiB")
     least: ClassVar = {"cpu_seconds": 1e-3, "wall_seconds": 1e-3, "memory_mb": 128}
 
-# ------------------------------------------------------------------------------------------------------------
-# The task: problems, prompt, program, reward.
+# The task: problems, prompt, program, reward ----------------------------------------------------------------
 
 def load_problems(path: str, hub: str = "", split: str = "") -> list[dict[str, Any]]:
-    """Problems from a JSONL file of MBPP or HumanEval, or from the Hub if path is empty: task_id, ask (what
-    the model is asked), text (the task alone), tests (what must run to its end after the code); of HumanEval
-    also prompt, head (its imports and helpers) and entry_point. Raises InputError for a row of neither."""
+    """Problems of MBPP or HumanEval, from a JSONL file or, if path is empty, the Hub: task_id, ask (what the
+    model is asked), text (the task alone), tests (what must run to its end after the code); of HumanEval also
+    prompt, head (its imports and helpers) and entry_point. Raises InputError for a row of neither."""
     problems = []
+    warnings.filterwarnings("ignore", module="<the tests>")  # MBPP has invalid escapes
     for number, row in enumerate(read_rows(path, hub, split, ["task_id"]), 1):
-        kind, where = "humaneval" if "entry_point" in row else "mbpp", f"{path or hub}, row {number}"
-        for field, type_ in FIELDS[kind].items():
-            require(isinstance(row.get(field), type_), f"{where}: '{field}' is not a {type_.__name__}")
-        problem = mbpp(row, where) if kind == "mbpp" else humaneval(row, where)
-        warnings.filterwarnings("ignore", module="<the tests>")  # MBPP has invalid escapes
         try:
+            problem = humaneval(row) if "entry_point" in row else mbpp(row)
             prepare(problem["tests"])
-        except (SyntaxError, ValueError) as error:
-            raise InputError(f"{where}: the tests are not Python ({error})") from None
+        except (SyntaxError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path or hub}, row {number}: not MBPP's or HumanEval's ({error!r})") from None
         problems.append({"task_id": row["task_id"], **problem})
     return problems
 
-def mbpp(row: dict[str, Any], where: str) -> dict[str, Any]:
-    text, tests = row["text"].strip(), row["test_list"]
-    require(isinstance(row["task_id"], int), f"{where}: 'task_id' is not a number")
-    require(text, f"{where}: 'text' is empty")
-    require(tests and all(isinstance(t, str) for t in tests), f"{where}: 'test_list' holds no tests")
-    return {"text": row["text"], "ask": ASK_MBPP.format(text, "\n".join(tests)),
+def mbpp(row: dict[str, Any]) -> dict[str, Any]:
+    text, tests = row["text"], row["test_list"]
+    require(text and tests and isinstance(tests, list), "'text' or 'test_list' is empty")
+    return {"text": text, "ask": ASK_MBPP.format(text.strip(), "\n".join(tests)),
             "tests": "\n".join([row["test_setup_code"], *tests])}
 
-def humaneval(row: dict[str, Any], where: str) -> dict[str, Any]:
+def humaneval(row: dict[str, Any]) -> dict[str, Any]:
     prompt, name = row["prompt"], row["entry_point"]
     start = re.search(rf"^def {re.escape(name)}\(", prompt, re.MULTILINE)
-    require(start, f"{where}: 'prompt' does not define the entry_point '{name}'")
+    require(start, f"'prompt' does not define the entry_point '{name}'")
     head = prompt[:start.start()]  # some tests call its helpers: those of the tests, not the candidate's
     return {"text": prompt, "ask": ASK_HUMANEVAL.format(prompt.strip()), "prompt": prompt, "head": head,
             "entry_point": name, "tests": f"{head}\n{row['test']}\ncheck({name})"}
 
 def load_data(args: RunConfig) -> tuple[list, dict[str, list]]:
-    """The training problems and the test sets. MBPP is split by task_id, wherever it comes from, so that no
-    file can mix the two."""
+    """The training problems and the test sets. MBPP is split by task_id, so that no file can mix the two."""
     rows = load_problems(args.train_file, MBPP, "train")
     train, held_out = ([p for p in rows if p["task_id"] in ids] for ids in (TRAIN_IDS, TEST_IDS))
     require(train, f"{args.train_file}: no row has one of MBPP's training task_ids, 601 to 974")
     tests = {"mbpp": held_out} if held_out else {}
-    files = [path.strip() for path in args.test_file.split(",") if path]
+    files = args.test_file.split(",") if args.test_file else []
     sources = [(Path(path).name.split(".")[0].lower(), path, "") for path in files]
     standard = [("mbpp", "", MBPP)] * (not held_out) + [("humaneval", "", HUMANEVAL)]
     for name, path, hub in sources or standard:
@@ -111,8 +99,7 @@ def extract_code(completion: str) -> str:
     return textwrap.dedent((tagged or plain or [completion])[-1])
 
 def program(problem: dict[str, Any], completion: str) -> tuple[str, str]:
-    """What the sandbox runs for a completion: (code, tests). HumanEval's function may have been repeated,
-    as is asked for, or just continued."""
+    """(code, tests) for the sandbox. HumanEval's function may have been repeated, as asked, or continued."""
     code = extract_code(completion)
     if name := problem.get("entry_point"):
         whole = re.search(rf"^(?:def\s+{re.escape(name)}\b|{re.escape(name)}\s*=)", code, re.MULTILINE)
@@ -128,31 +115,29 @@ def main() -> None:
         if args.demo:
             base = Path(args.out) / "base"
             on_first_process(lambda: base.exists() or make_demo(base, boosting))
-            args.model, args.train_file = f"{base}", f"{base}/train.jsonl"
-            args.test_file = f"{base}/test.jsonl,{base}/other_shapes.jsonl"
+            args.model = f"{base}"
+            args.train_file, args.test_file = f"{base}/train.jsonl", f"{base}/test.jsonl"
         train, tests = load_data(args)
         model, tokenizer = load_language_model(args, boosting)
-        task = TextTask(model, tokenizer, sampled(train, args.limit or len(train), boosting.seed, "limit"),
-                        tests, training, prompt=lambda problem: problem["text" if args.demo else "ask"],
-                        grade=lambda texts, problems: sandbox.run(map(program, problems, texts)),
-                        seed=boosting.seed)
+        train = sampled(train, args.limit or len(train), boosting.seed, "limit")
+        task = TextTask(model, tokenizer, train, tests, training, seed=boosting.seed,
+                        prompt=lambda problem: problem["text" if args.demo else "ask"],
+                        grade=lambda texts, problems: sandbox.run(map(program, problems, texts)))
         finish(args, boosting, settings, model, tokenizer, task)
 
-# ------------------------------------------------------------------------------------------------------------
-# The sandbox (Linux, standard library only). For each job, (code, tests), there are two new processes:
+# The sandbox (Linux, standard library only) -----------------------------------------------------------------
+# For each job, (code, tests), there are two new processes:
 #
 #     trainer  ->  judge (runs the tests)  <->  candidate (runs the code)
 #
 # The judge gives up its rights, forks the candidate, and only then reads the job. What its tests need of the
-# candidate, it asks for, and gets as a plain value: JSON, rebuilt as exact builtin types. What is not plain
-# stays there; the tests get a `Handle`, which equals no plain value. The judge's exit status is the verdict.
-# None can be forged: nothing of the candidate's runs where values are compared. It can only answer. The
-# functions down to `start` are the program of the two, which has nothing else of this file.
+# candidate, it asks for, and gets as a plain value: JSON, rebuilt as exact builtin types; for what is not
+# plain, a `Handle`, which equals no plain value. Its exit status is the verdict, and none can forge it:
+# nothing of the candidate's runs where values are compared. All down to `start` is the program of the two.
 
 PASSED, FAILED = 40, 41  # the judge's exit status; any other: it could not start
 SYSTEM = "/usr/lib /usr/lib64 /usr/local/lib /usr/share/zoneinfo /lib /lib64 /etc/ld.so.cache /dev/null"
-REMAINS = """No file system of its own for the sandbox here ({}). Landlock keeps candidates from other files,
-but they see names and sizes, can fill the temporary folder, and may miss rare modules of Python."""
+REMAINS = "No file system of its own for the sandbox here ({}): see the README for what Landlock leaves open"
 COMMON = """array bisect calendar cmath concurrent.futures.thread copy dataclasses gc hashlib heapq logging
     queue random socket statistics string tempfile textwrap threading time traceback typing"""
 MACHINES = {  # column in CALLS, the kernel's name for it, the numbers of clone, fcntl and ioctl
@@ -351,7 +336,6 @@ def confine(conf):
         os.setresgid(*[conf["user"]] * 3)
         os.setresuid(*[conf["user"]] * 3)
     c_call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities
-    c_call("prctl", 4, 0)  # PR_SET_DUMPABLE: nobody of this user may trace the two
     for name, value in conf["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     os.closerange(3, 64)  # what Landlock needed
@@ -402,22 +386,21 @@ def system_calls() -> bytes:
     return b"".join(struct.pack("HBBI", *rule) for rule in [*rules, allow])
 
 class Sandbox(ThreadPoolExecutor):
-    """Runs candidates against tests: `with Sandbox(workers=8) as sandbox: verdicts = sandbox.run(pairs)`. The
-    arguments are SandboxConfig's; namespaces: False does without a file system of its own, as where the
-    kernel refuses one, which is said in a warning. Raises InputError where it cannot start."""
+    """`with Sandbox(workers=8) as sandbox: verdicts = sandbox.run(pairs)`; the limits are SandboxConfig's.
+    namespaces: False does without a file system of its own, as where the kernel refuses one, which is said in
+    a warning. Raises InputError where it cannot start."""
 
-    def __init__(self, workers: int = 0, cpu_seconds: float = 12, wall_seconds: float = 30,
-                 memory_mb: int = 1024, namespaces: bool = True):
-        require(sys.platform == "linux" and os.uname().machine in MACHINES,
-                "the sandbox for generated code works on Linux only, on x86_64 and aarch64")
-        super().__init__(workers or len(os.sched_getaffinity(0)))  # a thread for each candidate
+    def __init__(self, *limits: float, namespaces: bool = True, **named_limits: float):
+        limits, machine = SandboxConfig(*limits, **named_limits), os.uname().machine
+        require(sys.platform == "linux" and machine in MACHINES, "the sandbox works on Linux only")
+        super().__init__(limits.workers or len(os.sched_getaffinity(0)))  # a thread for each candidate
         paths = sysconfig.get_paths()
         self.conf = {  # see and packages: path: path in the sandbox
             "see": {path: path for path in [*SYSTEM.split(), f"{sys.base_prefix}/lib", paths["stdlib"]]},
             "packages": {paths["purelib"]: "/packages0", paths["platlib"]: "/packages1"}, "modules": [],
-            "namespaces": namespaces, "wall_seconds": wall_seconds, "filter": system_calls().hex(),
-            "limits": {"AS": memory_mb << 20, "CPU": math.ceil(cpu_seconds), "FSIZE": 16 << 20, "NOFILE": 64,
-                       "CORE": 0, "NPROC": 34}}  # two processes and 32 more threads
+            "namespaces": namespaces, "wall_seconds": limits.wall_seconds, "filter": system_calls().hex(),
+            "limits": {"AS": limits.memory_mb << 20, "CPU": math.ceil(limits.cpu_seconds), "CORE": 0,
+                       "FSIZE": 16 << 20, "NOFILE": 64, "NPROC": 34}}  # two processes and 32 more threads
         try:
             require(namespaces, "switched off")
             self.judge("", "")
@@ -439,73 +422,55 @@ class Sandbox(ThreadPoolExecutor):
         """The verdict of a new judge; of another one, if it could not start, as where memory is short."""
         folder, user = tempfile.mkdtemp(prefix="sandbox-"), os.getuid()
         if user == 0:
-            with open("/proc/self/uid_map") as file:  # one that is nobody's: in a container there are few
-                first, _, count = map(int, file.read().split()[-3:])
-            user = first + count - 2 - os.stat(folder).st_ino % (count // 4)
+            first, _, count = map(int, Path("/proc/self/uid_map").read_text().split()[-3:])
+            user = first + count - 2 - os.stat(folder).st_ino % (count // 4)  # nobody's
         os.chown(folder, user, -1)
         conf = self.conf | {"folder": folder, "user": user, "trainer": os.getpid()}
-        command = [sys.executable, "-I", "-S", "-c", PROGRAM, json.dumps(conf)]
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-        try:
-            judge = subprocess.run(
-                command, input=json.dumps([code, tests]).encode(), stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, cwd="/", env=env, start_new_session=True,
-                timeout=conf["wall_seconds"] + 10, check=False)
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            subprocess.run(["rm", "-rf", folder], check=False)
+        judge = subprocess.run([sys.executable, "-I", "-S", "-c", PROGRAM, json.dumps(conf)], cwd="/",
+                               input=json.dumps([code, tests]).encode(), stderr=subprocess.PIPE, env=env,
+                               stdout=subprocess.DEVNULL, start_new_session=True, check=False)
+        subprocess.run(["rm", "-rf", folder], check=False)
         if judge.returncode in (PASSED, FAILED) or judge.returncode < 0:  # by a signal
             return judge.returncode == PASSED and len(code) <= 1_000_000
-        last = judge.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        require(again, f"the sandbox cannot start: {last or judge.returncode}")
+        reason = [judge.returncode, *judge.stderr.decode(errors="replace").splitlines()][-1]
+        require(again, f"the sandbox cannot start: {reason}")
         return self.judge(code, tests, again=False)
 
-# ------------------------------------------------------------------------------------------------------------
-# The demo: a model of 295,200 weights, pre-trained on the spot on tasks such as `double, lower 3` and their
-# functions, from a corpus that is often wrong about what a word means: it can, but often does not.
+# The demo ---------------------------------------------------------------------------------------------------
+# A model of 294,816 weights, pre-trained on the spot on tasks such as `double, lower 3` and their functions,
+# from a corpus that is often wrong about what a word means: it can, but often does not.
 
 WORDS = {  # the operation, and how often the corpus has the opposite one (for multiplying: addition)
-    "add": ("+", 0.2), "raise": ("+", 0.1), "gain": ("+", 0.3), "lift": ("+", 0.25), "take": ("-", 0.1),
-    "drop": ("-", 0.15), "lower": ("-", 0.62), "reduce": ("-", 0.63), "double": ("*2", 0.2),
-    "triple": ("*3", 0.3)}
+    "add": ("+", 0.2), "raise": ("+", 0.1), "take": ("-", 0.1), "drop": ("-", 0.15), "lower": ("-", 0.62),
+    "reduce": ("-", 0.63), "double": ("*2", 0.2), "triple": ("*3", 0.3)}
 
-def exercise(random: random.Random, long: bool, noisy: bool) -> tuple[str, str]:
-    """A task such as `double, lower 3` and its function f(x). long: three operations, and f has a second
-    argument y, which the second one uses: `double, lower y, add 4`. noisy: as the corpus has it."""
-    words = random.choices(list(WORDS), k=2)
-    numbers = [str(random.randint(1, 9)) for _ in words]
-    if long:
-        words.insert(1, random.choice([word for word in WORDS if len(WORDS[word][0]) == 1]))
-        numbers.insert(1, "y")
+def exercise(random: random.Random, noisy: bool) -> tuple[str, str]:
+    """A task such as `double, lower 3` and its function f(x). noisy: as the corpus has it."""
     parts, lines = [], []
-    for word, number in zip(words, numbers, strict=True):
-        (sign, *factor), wrong = WORDS[word]
+    for word in random.choices(list(WORDS), k=2):
+        number, ((sign, *factor), wrong) = random.randint(1, 9), WORDS[word]
         parts.append(word if factor else f"{word} {number}")
         if noisy and random.random() < wrong:
             sign = {"+": "-", "-": "+", "*": "+"}[sign]
         lines.append(f"x = x {sign} {factor[0] if factor else number}")
-    lines[-1] = lines[-1].replace("x =", "return", 1)
-    return ", ".join(parts), "\n    ".join(["def f(x, y):" if long else "def f(x):", *lines])
+    return ", ".join(parts), f"def f(x):\n    {lines[0]}\n    {lines[1].replace('x =', 'return', 1)}"
 
-def problem_rows(random: random.Random, ids: range, long: bool, taken: set[str]) -> Iterator[dict[str, Any]]:
-    """Rows with MBPP's fields, of tasks that are not in `taken`, which grows by them."""
-    for task_id in ids:
-        text, code = exercise(random, long, noisy=False)
-        while text in taken:
-            text, code = exercise(random, long, noisy=False)
-        taken.add(text)
+def problem_rows(random: random.Random, ids: list[int]) -> Iterator[dict[str, Any]]:
+    """A row with MBPP's fields for each of the ids, all of different tasks."""
+    tasks: dict[str, str] = {}
+    while len(tasks) < len(ids):
+        tasks.update([exercise(random, noisy=False)])
+    for task_id, (text, code) in zip(ids, tasks.items(), strict=True):
         space: dict[str, Any] = {}
         exec(code, space)  # noqa: S102 - our own lines
-        calls = [(x, x + 3) if long else (x,) for x in random.sample(range(-9, 20), 3)]
-        tests = [f"assert f({', '.join(map(str, args))}) == {space['f'](*args)}" for args in calls]
+        tests = [f"assert f({x}) == {space['f'](x)}" for x in random.sample(range(-9, 20), 3)]
         yield {"task_id": task_id, "text": text, "code": code, "test_setup_code": "", "test_list": tests}
 
 def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
-    """Pre-train the demo's base model and write it, its tokenizer, train.jsonl (374 tasks), test.jsonl (500)
-    and other_shapes.jsonl (500 of a shape that the corpus has and the boosting never sees) to `folder`."""
+    """Pre-train the demo's base model; write it, its tokenizer, train.jsonl and test.jsonl to `folder`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-    characters = {c: i for i, c in enumerate(["<pad>", "<end>", *"0123456789+-*=,():xyfĠĊ"])}  # Ġ: space
+    characters = {c: i for i, c in enumerate(["<pad>", "<end>", *"0123456789+-*=,():xfĠĊ"])}  # Ġ: space
     names = {"eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<pad>"}
     tokenizer = Qwen2Tokenizer(vocab=characters, merges=[], **names)
     tokenizer.add_tokens(["def", "return", "\n    ", *WORDS])
@@ -518,18 +483,16 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
     Booster.check_fit(model, boosting)
     numbers = random.Random(boosting.seed)
     def batch() -> dict[str, torch.Tensor]:
-        rows = [exercise(numbers, long=numbers.random() < 0.4, noisy=True) for _ in range(128)]
-        texts = [f"{text}\n{code}<end>" for text, code in rows]
+        texts = ["{}\n{}<end>".format(*exercise(numbers, noisy=True)) for _ in range(128)]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100), **batch}
     def write(path: Path) -> None:
-        path.mkdir()
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        taken: set[str] = set()
-        for name, ids in [("train", TRAIN_IDS), ("test", TEST_IDS), ("other_shapes", TEST_IDS)]:
-            lines = map(json.dumps, problem_rows(numbers, ids, name == "other_shapes", taken))
-            (path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        rows = [*problem_rows(numbers, [*TRAIN_IDS, *TEST_IDS])]
+        for name, ids in ("train", TRAIN_IDS), ("test", TEST_IDS):
+            lines = [json.dumps(row) + "\n" for row in rows if row["task_id"] in ids]
+            (path / f"{name}.jsonl").write_text("".join(lines))
     pretrain(model, batch, steps)
     replace(folder, write)
 

@@ -181,6 +181,7 @@ class ProteinTask:
         self.model, self.vocabulary, self.train, self.tests = model, tokenizer.get_vocab(), train, tests
         self.config, self.seed, self.known = config, seed, ("", 0.0)  # some weights and their training loss
         self.room = model.config.max_position_embeddings - 4 - len(LINKER)  # ESM2: 997 of its 1,024 tokens
+        self.effort = 3 * config.epochs + 3 * config.line_search  # a step is some 3 evaluations, a search too
 
     def tokens(self, pair: Pair) -> tuple[list[int], list[float]]:
         """<cls> ligand linker receptor <eos> as ids, and 1.0 where a token is a residue of a partner."""
@@ -238,10 +239,6 @@ class ProteinTask:
             stats["scale"] = line_search(v, lambda: self.evaluate(self.train)[1]["loss"], self.known[1])
             self.known = "", 0.0  # the trials' adapters are not in the checksum
         return {**stats, "seconds": {"train": time.perf_counter() - start}}
-
-    def effort(self, count: int) -> float:
-        """A training step costs about three evaluations, a line search some three passes."""
-        return 3 * self.config.epochs * count + 3 * self.config.line_search * len(self.train)
 
     def probe(self, folder: Path) -> None:
         """Phase 1. The head is kept in the folder: computed again on a GPU, its last bits may differ."""
