@@ -953,17 +953,19 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
 class TextTask:
     """A task of prompts and grades for `boost`, learned by GRPO. prompt(example) -> what the model is asked,
     in its chat template, if it has one; grade(texts, examples) -> the rewards, right from 1 on; lenient: a
-    grade for the record alone. Examples that do not fit the model's context are skipped, and counted."""
+    grade for the record alone. Raises InputError where a prompt does not fit the model's context."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence[Any],
                  tests: dict[str, Sequence[Any]], config: GRPOConfig, prompt: Callable[[Any], str],
                  grade: Callable[[list[str], list[Any]], list[float]],
                  lenient: Callable[[list[str], list[Any]], list[float]] | None = None, seed: int = 0):
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
-        self.prompt, self.grade, self.lenient = prompt, grade, lenient
+        self.train, self.tests, self.prompt, self.grade, self.lenient = train, tests, prompt, grade, lenient
         self.effort = 1.5 * config.epochs * config.group_size  # training costs half of sampling
-        self.train = self.fitting(train)
-        self.tests = {name: self.fitting(examples) for name, examples in tests.items()}
+        ids = tokenizer(self.prompts(sum(map(list, tests.values()), list(train))))["input_ids"]
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        room -= max(map(len, ids), default=0)
+        require(config.max_new_tokens <= room, f"--max_new_tokens: the longest prompt leaves room for {room}")
 
     def prompts(self, examples: Sequence[Any]) -> list[str]:
         """What the model sees."""
@@ -971,16 +973,6 @@ class TextTask:
         if not self.tokenizer.chat_template:
             return [chat[0]["content"] for chat in chats]
         return self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-
-    def fitting(self, examples: Sequence[Any]) -> list[Any]:
-        ids = self.tokenizer(self.prompts(examples), add_special_tokens=False)["input_ids"]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
-        new = self.config.max_new_tokens
-        fits = [e for e, tokens in zip(examples, ids, strict=True) if len(tokens) + new <= context]
-        require(fits, f"no prompt fits: the model's context is {context} tokens and --max_new_tokens {new}")
-        if skipped := len(examples) - len(fits):
-            say(f"{skipped} examples are skipped: with --max_new_tokens they exceed the model's context")
-        return fits
 
     def evaluate(self, examples: Sequence[Any]) -> tuple[list[bool], dict[str, float]]:
         done = generate(self.model, self.tokenizer, self.prompts(examples), label="evaluate",
