@@ -34,7 +34,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -43,9 +42,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+File, Record, Trained = str | Path, dict[str, Any], nn.Parameter | list[nn.Parameter]
+Grade = Callable[[list, list], list[float]]  # a number for each of the model's answers
 
 # Settings ---------------------------------------------------------------------------------------------------
 # Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
@@ -71,7 +72,7 @@ class Settings:
             fits = isinstance(value, str) or least <= value < math.inf
             require(fits, f"--{name} {value}: must be at least {least}")
 
-@dataclass
+@dataclasses.dataclass
 class BoostConfig(Settings):
     """The boosting. With the base model and the vectors v it rebuilds the fine-tuned weights."""
     rounds: int = setting(10, "T: boosting rounds (the paper: 20)")
@@ -87,7 +88,7 @@ class BoostConfig(Settings):
     seed: int = setting(0, "all randomness follows from it and the round")
     least: ClassVar = {"rank": 1, "u": 1, "replay": -1}
 
-@dataclass
+@dataclasses.dataclass
 class GRPOConfig(Settings):
     """GRPO on fresh completions."""
     epochs: float = setting(1.0, "passes over the round's examples: fewer failures, fewer steps")
@@ -101,7 +102,7 @@ class GRPOConfig(Settings):
     least: ClassVar = {"epochs": 1e-6, "prompts": 1, "group_size": 2, "max_new_tokens": 1, "lr": 1e-12,
                        "temperature": 1e-6, "max_grad_norm": 1e-12, "micro_batch_tokens": 1}
 
-@dataclass
+@dataclasses.dataclass
 class CEConfig(Settings):
     """Cross-entropy on labelled batches."""
     epochs: int = setting(1, "passes over the round's examples: fewer failures, fewer steps")
@@ -120,7 +121,7 @@ def generator(*key: Any) -> torch.Generator:
 # W_0 = U Sigma V^T, of which the leading k = r T triplets are kept.
 
 @torch.no_grad()
-def svd_basis(weight: torch.Tensor, k: int, name: str = "the weight") -> tuple[torch.Tensor, ...]:
+def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor, ...]:
     """The k leading singular triplets of weight [out, in]: U [out, k], S [k], V [in, k], fp32, on its device.
 
     They come from the smaller Gram matrix, in fp64, as forming it squares the condition. `torch.svd_lowrank`
@@ -144,23 +145,22 @@ class TinyLoRA(nn.Module):
     """U [out, r], S [r], V [in, r], P [u, r, r], fp32, are fixed; it reads row `group` of v [groups, u].
     `dtype`: of inputs and output. Change v in place: its version tells when R V^T must be formed again."""
 
-    def __init__(self, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor, P: torch.Tensor, v: nn.Parameter,
-                 group: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, U: Tensor, S: Tensor, V: Tensor, P: Tensor, v: Tensor, group: int, dtype=torch.float):
         super().__init__()
         self.US, self.Vt, self.P, self.v, self.group = U * S, V.T.contiguous(), P, v, group
         self.up, self.folded, self.version = self.US.to(dtype), None, None
 
-    def down(self) -> torch.Tensor:
+    def down(self) -> Tensor:
         """R V^T [r, in], fp32: the half of the update that v changes."""
         return torch.einsum("u,urs->rs", self.v[self.group], self.P) @ self.Vt
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> the update's output [..., out]."""
         if torch.is_grad_enabled() or self.version != self.v._version:  # sampling forms R V^T once for a v
             self.folded, self.version = self.down().to(x.dtype), self.v._version
         return F.linear(F.linear(x, self.folded), self.up)
 
-    def delta(self) -> torch.Tensor:
+    def delta(self) -> Tensor:
         """The update as a matrix, fp32 [out, in]."""
         return self.US @ self.down()
 
@@ -198,7 +198,7 @@ class Booster:
                       for name, linear in progress(self.targets.items(), "basis")}
         # Another machine's linear algebra that flips or mixes near-equal singular vectors changes these sums.
         self.fingerprint = sum(torch.stack([U.sum(0), V.sum(0)]).cpu() for U, _, V in self.basis.values())
-        self.vectors: list[torch.Tensor] = []  # v of each finished round, fp32 [groups, u], on the CPU
+        self.vectors: list[Tensor] = []  # v of each finished round, fp32 [groups, u], on the CPU
         self.v, self.hooks = None, []
 
     @staticmethod
@@ -228,7 +228,7 @@ class Booster:
         top, rotated = slice(0, r), slice(t * r, (t + 1) * r)
         return (rotated if basis == "rotate" else top), (top if basis == "top" else rotated)
 
-    def P(self, name: str, t: int) -> torch.Tensor:
+    def P(self, name: str, t: int) -> Tensor:
         """P_i [u, r, r] of round t. With std 1/sqrt(u r) a random v gives an R as large for every u and r."""
         u, r = self.config.u, self.config.rank
         random = generator(self.config.seed, "P", t, list(self.targets).index(name))
@@ -277,7 +277,7 @@ class Booster:
             W0 = self.base[name].to(linear.weight.device)
             linear.weight.copy_(W0.float() + self.delta(name) if learned else W0)  # -0.0 + 0 has other bits
 
-    def core(self, name: str, rounds: Iterable[int] | None = None) -> torch.Tensor:
+    def core(self, name: str, rounds: Iterable[int] | None = None) -> Tensor:
         """C [k, k], fp32 on the CPU, with delta = U C V^T: the blocks S_t R_t along its diagonal (top: all in
         one place). As U and V are orthonormal, delta's norm and singular values are those of C."""
         C, S = torch.zeros(self.k, self.k), self.basis[name][1].cpu()
@@ -288,7 +288,7 @@ class Booster:
         return C
 
     @torch.no_grad()
-    def delta(self, name: str) -> torch.Tensor:
+    def delta(self, name: str) -> Tensor:
         """The exact sum of the finished rounds for a target, fp32 [out, in]."""
         U, _, V = self.basis[name]
         return U @ self.core(name).to(U.device) @ V.T
@@ -308,7 +308,7 @@ class Booster:
             total += float(delta.square().sum())
         return kept / total if total else 1.0
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Record:
         """For the record: norm of the last round's update, all targets; of the sum, norm, rank, fidelity."""
         every, ranks = range(len(self.vectors)), self.rank().values()
         norm, total = (math.sqrt(sum(float(self.core(name, ts).square().sum()) for name in self.targets))
@@ -316,7 +316,7 @@ class Booster:
         return {"norm": norm, "total_norm": total, "rank": {"min": min(ranks), "max": max(ranks)},
                 "fidelity": self.fidelity()}
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: File) -> None:
         """Write v of all rounds [rounds, groups, u], 4 bytes a number, and what rebuilds the rest."""
         v = torch.stack([torch.zeros(self.groups, self.config.u), *self.vectors])[1:]
         about = {"format": 2, "config": dataclasses.asdict(self.config), "base": self.checksum}
@@ -324,16 +324,15 @@ class Booster:
         replace(path, lambda new: safetensors.torch.save_file(tensors, new, about))
 
     @staticmethod
-    def read(path: str | Path) -> tuple[BoostConfig, torch.Tensor, torch.Tensor, str]:
+    def read(path: File) -> tuple[BoostConfig, Tensor, Tensor, str]:
         """A file's configuration, v, fingerprint of the basis, checksum of the base. Raises InputError."""
-        def parts(path: str | Path) -> tuple:
+        def parts(path: File) -> tuple:
             with safetensors.safe_open(path, "pt") as f:
                 about = json.loads(f.metadata()["boostlora"])
                 return BoostConfig(**about["config"]), f.get_tensor("v"), f.get_tensor("basis"), about["base"]
         return load(parts, path, advice="it is missing, damaged, or not a BoostLoRA file")
 
-    def resume(self, path: str | Path, rounds: int | None = None,
-               weights: Sequence[float] | None = None) -> None:
+    def resume(self, path: File, rounds: int | None = None, weights: list[float] | None = None) -> None:
         """Take over a file's vectors (the first `rounds`; each scaled by weights[t], as R is linear in v) and
         write the weights. InputError for a damaged file or another base model, configuration or basis."""
         theirs, v, fingerprint, base = self.read(path)
@@ -351,15 +350,14 @@ class Booster:
         self.write()
 
     @classmethod
-    def load(cls, model: nn.Module, path: str | Path, rounds: int | None = None,
-             weights: Sequence[float] | None = None) -> "Booster":
+    def load(cls, model: nn.Module, path: File, **options: Any) -> "Booster":
         """The fine-tuned model from the base model and the file: the same bits on the same machine and
-        library versions. rounds=k: after k rounds; weights=[...]: re-weighted rounds. Raises as `resume`."""
+        library versions. Options, and what is raised, as of `resume`."""
         booster = cls(model, cls.read(path)[0])
-        booster.resume(path, rounds, weights)
+        booster.resume(path, **options)
         return booster
 
-    def export_lora(self, folder: str | Path) -> None:
+    def export_lora(self, folder: File) -> None:
         """The exact fp32 sum as one LoRA in PEFT's format: B = U C [out, k], A = V^T [k, in], alpha = k."""
         require(self.k, "--export_lora: there is no round to export")
         tensors = {}
@@ -376,8 +374,8 @@ class Booster:
 # The loop ---------------------------------------------------------------------------------------------------
 # F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t), until t = T or F_t = {}.
 
-def boost(booster: Any, task: Any, out: str | Path, test_every: int = 0,
-          settings: dict[str, Any] | None = None, tokenizer: Any = None) -> list[dict[str, Any]]:
+def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Record | None = None,
+          tokenizer: Any = None) -> list[Record]:
     """Boost a learner (a Booster, or what has its attach, merge, save, resume, summary, model and config, and
     rollback where accept="better") on a task:
 
@@ -436,12 +434,12 @@ def sampled(items: Sequence[Any], count: int, *key: Any) -> list[Any]:
     chosen = torch.randperm(len(items), generator=generator(*key))[:count]
     return [items[i] for i in sorted(chosen.tolist())]
 
-def failures(task: Any, examples: Sequence[Any]) -> tuple[list[int], dict[str, Any]]:
+def failures(task: Any, examples: Sequence[Any]) -> tuple[list[int], Record]:
     """The indices of the wrong ones, and further metrics: of one process, as a grader may use a clock."""
     right, metrics = gather(task.evaluate(examples))[0]
     return [i for i, ok in enumerate(right) if not ok], metrics
 
-def measure(booster: Any, task: Any, records: list[dict], t: int, test_every: int) -> dict[str, Any]:
+def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: int) -> Record:
     """What the record says of the model after round t (-1: the base model): F_{t+1}, what changed against
     F_t, and, where it is due, the tests. Takes the round back first if `accept` wants that."""
     config, everything, last = booster.config, [*range(len(task.train))], t + 1 == booster.config.rounds
@@ -478,7 +476,7 @@ def estimate(task: Any, config: BoostConfig, each: float, failed: int, first: bo
     each_round = getattr(task, "effort", 1) * count + failed + config.recheck * (train - failed)
     return timedelta(seconds=round(each * (config.rounds * each_round + tests + first * (train + tests))))
 
-def describe(r: dict[str, Any], rounds: int) -> str:
+def describe(r: Record, rounds: int) -> str:
     """The line of a round."""
     text = f"round {r['round']:2d}/{rounds}  failures {r['failures']:4d}"
     text += f" ({r['fixed']:3d} fixed, {r['regressed']:3d} regressed)"
@@ -548,7 +546,7 @@ def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int
 
 @torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
-           stops: list[int], uniforms: torch.Tensor | None, bar: Any) -> list[tuple[list[int], list[float]]]:
+           stops: list[int], uniforms: Tensor | None, bar: Any) -> list[tuple[list[int], list[float]]]:
     """One batch, token by token; prompts come longest first. (tokens, log-probabilities) of each row."""
     from transformers import DynamicCache
     device, width, cache = model.device, len(prompts[0]), DynamicCache(config=model.config)
@@ -609,14 +607,14 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
 # record measures it); nothing ties the policy to a reference, as v starts from 0 and a round is short.
 # In training a prompt stands once, its completions side by side behind it, each seeing the prompt and itself.
 
-def group_advantages(rewards: Sequence[float], group_size: int) -> torch.Tensor:
+def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     """A_i = (r_i - mean) / std (the population's) in each group, fp32 [groups, group_size]; 0 in flat ones,
     whose rewards differ by less than 1e-4: so little is float noise."""
     r = torch.tensor(rewards, dtype=torch.float32).view(-1, group_size)
     flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) < 1e-4
     return ((r - r.mean(1, keepdim=True)) / r.std(1, correction=0, keepdim=True)).masked_fill(flat, 0.0)
 
-def completion_states(model: nn.Module, prompt: list[int], completions: Sequence[Completion]) -> torch.Tensor:
+def completion_states(model: nn.Module, prompt: list[int], completions: Sequence[Completion]) -> Tensor:
     """The states [tokens, d] that predict the completions' tokens, from one sequence: the prompt, then its
     completions side by side."""
     ids, owner, position, above = [*prompt], [0] * len(prompt), [*range(len(prompt))], []
@@ -644,7 +642,7 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
     lengths = torch.tensor([len(c.tokens) for c in completions])
     weights = torch.tensor(advantages).repeat_interleave(lengths).to(model.device)  # A_i of each token
-    def logprobs(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
         logits = head(states).float() / temperature
         return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
     size = max(1, 2**25 // model.config.get_text_config().vocab_size)
@@ -653,9 +651,8 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     (-(weights * trained).sum()).backward()
     return float((trained.detach() - sampled).abs().sum())
 
-def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str],
-         reward: Callable[[list[int], list[str]], list[float]], v: nn.Parameter | list[nn.Parameter],
-         config: GRPOConfig, round: int = 0, seed: int = 0) -> dict[str, Any]:
+def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade, v: Trained,
+         config: GRPOConfig, round: int = 0, seed: int = 0) -> Record:
     """Train v (an adapter's, or a list of parameters) for one round: ceil(epochs x prompts / config.prompts)
     times sample, reward, advantages, one Adam step. reward(indices into prompts, texts) -> a number for each.
 
@@ -723,8 +720,8 @@ def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float
 
 # Cross-entropy, for a classifier ----------------------------------------------------------------------------
 
-def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple[dict, torch.Tensor]]],
-                  v: nn.Parameter | list[nn.Parameter], config: CEConfig, round: int = 0) -> dict[str, Any]:
+def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: Trained, config: CEConfig,
+                  round: int = 0) -> Record:
     """Train v for one round: `config.epochs` passes, an Adam step on - mean log p(label | x) of each batch.
     batches() -> an iterator of (the model's keyword inputs, labels [B]). Raises as `grpo`."""
     model.eval()  # without dropout, as in evaluation
@@ -776,7 +773,7 @@ def progress(iterable: Iterable | None = None, label: str = "", total: int | Non
 
 FREE = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}  # may change
 
-def replace(path: str | Path, write: Callable[[Path], Any]) -> None:
+def replace(path: File, write: Callable[[Path], Any]) -> None:
     """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder is removed first).
     The first process alone does it. Raises OSError, or a SafetensorError, as where the disk is full."""
     path, new = Path(path), Path(f"{path}.tmp")
@@ -784,31 +781,26 @@ def replace(path: str | Path, write: Callable[[Path], Any]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(new, ignore_errors=True)
-    new.unlink(missing_ok=True)
     write(new)
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(new, path)
 
 def to_json(value: Any) -> str:
-    """JSON; tensors and numpy's numbers as plain ones, sets in order, other objects as their fields."""
+    """JSON; tensors and numpy's numbers as plain ones, other objects as their fields."""
     return json.dumps(value, default=lambda x: (
-        sorted(x, key=repr) if isinstance(x, (set, frozenset)) else x.tolist() if hasattr(x, "tolist")
-        else getattr(x, "__dict__", type(x).__name__)))
+        x.tolist() if hasattr(x, "tolist") else getattr(x, "__dict__", type(x).__name__)))
 
-def claim(out: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
+def claim(out: File, settings: Record) -> Record:
     """Lock a run folder until this process ends. Returns what belongs into its config.json. Raises InputError
     where another process works in it, or it holds a run with other settings, which are named."""
     import fcntl
+    def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fcntl.lockf(os.open(path, os.O_WRONLY | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
     path, there = Path(out) / "config.json", {}
     if not process():
-        try:  # a lock of this process, for writing: NFS has no other; the file stays open
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path.with_name(".lock"), os.O_WRONLY | os.O_CREAT)
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"--out {out} is in use by another process, or cannot be locked ({error}): "
-                             "choose another") from None
+        load(lock, path.with_name(".lock"), advice=f"is {out} in use by another process?")
     if path.exists():
         there = load(lambda path: dict(json.loads(path.read_text())), path, advice="choose another --out")
     require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
@@ -819,7 +811,7 @@ def claim(out: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
     require(not differing, f"{out} holds another run ({'; '.join(differing)}): choose another --out")
     return here
 
-def resume(out: Path, learner: Any) -> list[dict[str, Any]]:
+def resume(out: Path, learner: Any) -> list[Record]:
     """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them. Raises
     InputError where a file is damaged or missing."""
     path, vectors = out / "rounds.jsonl", out / "adapters.safetensors"
@@ -830,7 +822,7 @@ def resume(out: Path, learner: Any) -> list[dict[str, Any]]:
     done, rounds = len(records) - 1, learner.config.rounds
     require(done <= rounds, f"{out} has {done} rounds, more than --rounds {rounds}; for a shorter model use "
             f"Booster.load(model, '{vectors}', rounds={rounds})")
-    require(records or not vectors.exists(), f"{path} is missing: choose another --out")
+    require(records or not [*out.glob("*.safetensors")], f"{path} is missing: choose another --out")
     if done > 0:
         learner.resume(vectors, rounds=done)
         say(f"{out} has {done} of {rounds} rounds")
@@ -851,10 +843,9 @@ class FullFineTuning:
         self.done += 1
 
     def save(self, path: Path) -> None:  # those of the round before stay, until the record has this one
-        newest = path.with_name(f"weights-{self.done % 2}.safetensors")
         weights = {**dict(self.model.named_parameters()), "rounds done": torch.tensor(self.done)}
-        replace(newest, lambda new: safetensors.torch.save_file(weights, new))
-        replace(path, lambda new: new.symlink_to(newest.name))
+        path = path.with_name(f"weights-{self.done % 2}.safetensors")
+        replace(path, lambda new: safetensors.torch.save_file(weights, new))
 
     def resume(self, path: Path, rounds: int) -> None:
         path = path.with_name(f"weights-{rounds % 2}.safetensors")
@@ -863,13 +854,13 @@ class FullFineTuning:
         require(self.done == rounds, f"{path} is of round {self.done}, not {rounds}: choose another --out")
         self.model.load_state_dict(weights, strict=False)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Record:
         return {}
 
 # What the scripts share -------------------------------------------------------------------------------------
 # Flags, loading, a task of prompts and grades.
 
-@dataclass
+@dataclasses.dataclass
 class RunConfig(Settings):
     """The flags of every script, beside those of BoostConfig and of its trainer."""
     model: str = setting("", "a model on the Hub, or a folder that save_pretrained wrote")
@@ -918,7 +909,8 @@ def run(main: Callable[[], None]) -> None:
             # Two hours, as the first process may download or grade while the others wait.
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         return main()
-    except (InputError, FloatingPointError, torch.OutOfMemoryError, OSError, SafetensorError) as error:
+    except (InputError, FloatingPointError, torch.OutOfMemoryError, OSError,
+            safetensors.SafetensorError) as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         code, message = 130, "\nstopped: the same command goes on after the last finished round, if any"
@@ -929,7 +921,7 @@ def load(f: Callable[..., Any], *args: Any, advice: str, **options: Any) -> Any:
     """f(*args), a model on this process's device, where a library's error becomes one sentence."""
     try:
         loaded = f(*args, **options)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, safetensors.SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{args[0]} could not be loaded ({reason}): {advice}") from None
     if isinstance(loaded, nn.Module) and loaded.device.type != "meta":
@@ -955,10 +947,9 @@ class TextTask:
     in its chat template, if it has one; grade(texts, examples) -> the rewards, right from 1 on; lenient: a
     grade for the record alone. Raises InputError where a prompt does not fit the model's context."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence[Any],
-                 tests: dict[str, Sequence[Any]], config: GRPOConfig, prompt: Callable[[Any], str],
-                 grade: Callable[[list[str], list[Any]], list[float]],
-                 lenient: Callable[[list[str], list[Any]], list[float]] | None = None, seed: int = 0):
+    def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence, tests: dict[str, Sequence],
+                 config: GRPOConfig, prompt: Callable[[Any], str], grade: Grade, lenient: Grade | None = None,
+                 seed: int = 0):
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.train, self.tests, self.prompt, self.grade, self.lenient = train, tests, prompt, grade, lenient
         self.effort = 1.5 * config.epochs * config.group_size  # training costs half of sampling
@@ -982,19 +973,19 @@ class TextTask:
         more = {"lenient_accuracy": sum(self.lenient(texts, examples)) / len(texts)} if self.lenient else {}
         return right, more
 
-    def fit(self, examples: Sequence[Any], v: nn.Parameter, round: int) -> dict[str, Any]:
+    def fit(self, examples: Sequence[Any], v: Trained, round: int) -> Record:
         return grpo(self.model, self.tokenizer, self.prompts(examples),
                     lambda indices, texts: self.grade(texts, [examples[i] for i in indices]),
                     v, self.config, round, self.seed)
 
-def read_rows(path: str | Path, hub: str, split: str, fields: Sequence[str]) -> list[dict[str, Any]]:
+def read_rows(path: File, hub: str, split: str, fields: Sequence[str]) -> list[Record]:
     """The rows of a .jsonl or .jsonl.gz file, or without a path of a Hub data set, `owner/name` or
     `owner/name:config`. Raises InputError, with the line, where one lacks a field."""
     if not path:
         from datasets import load_dataset
         advice = "give --train_file and --test_file, or try --demo"
         return list(load(load_dataset, *hub.split(":"), split=split, advice=advice))
-    def read(path: str | Path) -> list[Any]:
+    def read(path: File) -> list[Any]:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             return json.loads("[" + ",\n".join(map(str.rstrip, file)) + "]")  # an error's line is the file's
     rows = load(read, path, advice="mend or delete that line: one JSON object a line, in UTF-8")
@@ -1005,7 +996,7 @@ def read_rows(path: str | Path, hub: str, split: str, fields: Sequence[str]) -> 
                     f"{path}, line {number}: the field '{field}' is missing")
     return rows
 
-def pretrain(model: nn.Module, batch: Callable[[], dict[str, torch.Tensor]], steps: int) -> None:
+def pretrain(model: nn.Module, batch: Callable[[], dict[str, Tensor]], steps: int) -> None:
     """A demo's base model: AdamW on the model's own loss of batch(), its keyword inputs with `labels`."""
     say("Pre-training the demo's base model: about a minute.")
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -1017,7 +1008,7 @@ def pretrain(model: nn.Module, batch: Callable[[], dict[str, torch.Tensor]], ste
         optimizer.step()
         schedule.step()
 
-def finish(args: RunConfig, config: BoostConfig, settings: dict[str, Any], model: nn.Module, tokenizer: Any,
+def finish(args: RunConfig, config: BoostConfig, settings: Record, model: nn.Module, tokenizer: Any,
            task: Any) -> None:
     """Boost, export, and say what came of it."""
     if not (args.demo or torch.cuda.is_available() or (Path(args.out) / "rounds.jsonl").exists()):

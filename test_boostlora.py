@@ -549,7 +549,7 @@ def state(out):
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     times = [line.pop("seconds") for line in lines]
     assert all(time.keys() >= {"evaluate", "generate", "train", "merge"} for time in times)
-    return lines, (out / "adapters.safetensors").read_bytes()
+    return lines, [path.read_bytes() for path in sorted(out.glob("*.safetensors"))]
 
 def files(out):
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
