@@ -52,7 +52,7 @@ Grade = Callable[[list, list], list[float]]  # a number for each of the model's 
 # Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
 
 class InputError(ValueError):
-    """A mistake in flags, files or data, told in one sentence that says how to mend it."""
+    """A mistake in flags, files, data or calls, told in one sentence. Whatever does not fit raises it."""
 
 def require(condition: Any, message: str) -> None:
     if not condition:
@@ -118,7 +118,6 @@ def generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 # Basis ------------------------------------------------------------------------------------------------------
-# W_0 = U Sigma V^T, of which the leading k = r T triplets are kept.
 
 @torch.no_grad()
 def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor, ...]:
@@ -139,12 +138,11 @@ def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor,
     return (U * sign).float(), S.float(), (V * sign).float()
 
 # TinyLoRA layer ---------------------------------------------------------------------------------------------
-# One module's update in one round: dW_t = U_t S_t R_t V_t^T with R_t = sum_i v_{t,i} P_{t,i}.
 
 class TinyLoRA(nn.Module):
-    """U [out, r], S [r], V [in, r], P [u, r, r], fp32, are fixed; it reads row `group` of v [groups, u].
-    `dtype`: of inputs and output. Change v in place: its version tells when R V^T must be formed again."""
-
+    """One module's update in one round, U S R V^T with R = sum_i v_i P_i: U [out, r], S [r], V [in, r] and
+    P [u, r, r] are fixed, fp32; v_i is in row `group` of v [groups, u]. `dtype`: of inputs and output. Change
+    v in place: its version tells when R V^T must be formed again."""
     def __init__(self, U: Tensor, S: Tensor, V: Tensor, P: Tensor, v: Tensor, group: int, dtype=torch.float):
         super().__init__()
         self.US, self.Vt, self.P, self.v, self.group = U * S, V.T.contiguous(), P, v, group
@@ -165,14 +163,13 @@ class TinyLoRA(nn.Module):
         return self.US @ self.down()
 
 # Booster ----------------------------------------------------------------------------------------------------
-# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T), a pure function of W_0 and the list of vectors v_t: merge,
-# rollback, load, the first k rounds and re-weighted rounds call it with another list. Adding each round to a
-# bf16 weight kept 58 % of 20 rounds with |R| = 1e-2, this 95 %. Module j of M reads row floor(j groups / M).
+# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) is a pure function of the list of vectors v_t: merge, rollback,
+# load, the first k rounds and re-weighted rounds call it with another list. Adding each round to a bf16
+# weight kept 58 % of 20 rounds with |R| = 1e-2, this 95 %.
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
-    blocks are the longest outermost nn.ModuleList, of the language model where there are others. Raises
-    InputError where there is none."""
+    blocks are the longest outermost nn.ModuleList, of the language model where there are others."""
     text = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in text}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
@@ -185,8 +182,8 @@ def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     return targets
 
 class Booster:
-    """W_0 of the targets (on the CPU, once a process), their basis, and v of every round; keeps the model's
-    weights equal to the formula above. All of the model is frozen. Raises as `check_fit` and `svd_basis`."""
+    """W_0 of the targets, their basis, and v of every round; keeps the weights of the model, all of it
+    frozen, equal to the formula above. Raises InputError where model and configuration do not fit."""
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.targets = model.requires_grad_(False), config, find_targets(model)
         self.k = self.check_fit(model, config)  # triplets used of each target
@@ -235,8 +232,7 @@ class Booster:
         return torch.randn(u, r, r, generator=random) / math.sqrt(u * r)
 
     def attach(self) -> nn.Parameter:
-        """A fresh adapter for the next round, active in the forward: v, fp32 zeros [groups, u]; one that was
-        not merged is dropped. Raises InputError where all rounds are done."""
+        """v of a fresh adapter for the next round, active in the forward; one not merged is dropped."""
         self.detach()
         t, device = len(self.vectors), next(iter(self.targets.values())).weight.device
         require(t < self.config.rounds, f"attach: all {t} rounds are done")
@@ -256,14 +252,14 @@ class Booster:
             self.hooks.pop().remove()
 
     def merge(self) -> None:
-        """Detach the adapter, keep its v, write the weights. Raises InputError where none is attached."""
+        """Detach the adapter, keep its v, write the weights."""
         require(self.hooks, "merge: no adapter is attached")
         self.detach()
         self.vectors.append(self.v.detach().cpu())
         self.write()
 
     def rollback(self, n: int = 1) -> None:
-        """Take n rounds back: their v becomes 0, the weights get the bits of before. Raises InputError."""
+        """Take n rounds back: their v becomes 0, the weights get the bits of before."""
         require(0 <= n <= len(self.vectors), f"rollback({n}): there are {len(self.vectors)} rounds")
         for v in self.vectors[len(self.vectors) - n:]:
             v.zero_()
@@ -278,8 +274,8 @@ class Booster:
             linear.weight.copy_(W0.float() + self.delta(name) if learned else W0)  # -0.0 + 0 has other bits
 
     def core(self, name: str, rounds: Iterable[int] | None = None) -> Tensor:
-        """C [k, k], fp32 on the CPU, with delta = U C V^T: the blocks S_t R_t along its diagonal (top: all in
-        one place). As U and V are orthonormal, delta's norm and singular values are those of C."""
+        """C [k, k], on the CPU, with delta = U C V^T: the blocks S_t R_t along its diagonal (top: all in one
+        place). As U and V are orthonormal, delta's norm and singular values are those of C."""
         C, S = torch.zeros(self.k, self.k), self.basis[name][1].cpu()
         for t in range(len(self.vectors)) if rounds is None else rounds:
             columns, values = self.slices(t)
@@ -325,7 +321,7 @@ class Booster:
 
     @staticmethod
     def read(path: File) -> tuple[BoostConfig, Tensor, Tensor, str]:
-        """A file's configuration, v, fingerprint of the basis, checksum of the base. Raises InputError."""
+        """A file's configuration, v, fingerprint of the basis, checksum of the base."""
         def parts(path: File) -> tuple:
             with safetensors.safe_open(path, "pt") as f:
                 about = json.loads(f.metadata()["boostlora"])
@@ -372,7 +368,6 @@ class Booster:
         replace(about, lambda new: new.write_text(json.dumps(config, indent=2) + "\n"))
 
 # The loop ---------------------------------------------------------------------------------------------------
-# F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t), until t = T or F_t = {}.
 
 def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Record | None = None,
           tokenizer: Any = None) -> list[Record]:
@@ -440,8 +435,8 @@ def failures(task: Any, examples: Sequence[Any]) -> tuple[list[int], Record]:
     return [i for i, ok in enumerate(right) if not ok], metrics
 
 def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: int) -> Record:
-    """What the record says of the model after round t (-1: the base model): F_{t+1}, what changed against
-    F_t, and, where it is due, the tests. Takes the round back first if `accept` wants that."""
+    """What the record says of the model after round t (-1: before any): F_{t+1}, what changed against F_t,
+    and, where it is due, the tests. Takes the round back first if `accept` wants that."""
     config, everything, last = booster.config, [*range(len(task.train))], t + 1 == booster.config.rounds
     before = records[-1]["failed"] if records else everything
     right = sorted({*everything} - {*before})
@@ -469,8 +464,7 @@ def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: 
     return {**found, "failed": failed}
 
 def estimate(task: Any, config: BoostConfig, each: float, failed: int, first: bool = False) -> timedelta:
-    """How long rounds and last tests (and the first evaluation) will take, at `each` seconds an example, if
-    as many keep failing."""
+    """How long the run takes (first: with the first evaluation), at `each` s an example, if as many fail."""
     train, tests = len(task.train), sum(map(len, task.tests.values()))
     count = train if config.replay < 0 else min(train, int((1 + config.replay) * failed))
     each_round = getattr(task, "effort", 1) * count + failed + config.recheck * (train - failed)
@@ -490,9 +484,8 @@ def describe(r: Record, rounds: int) -> str:
     return text + (f"\n          {r['note']}" if "note" in r else "")
 
 # Generation -------------------------------------------------------------------------------------------------
-# argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO. Why not model.generate: it keeps finished
-# rows in the batch, encodes a prompt once for each completion, and takes top_k, top_p and penalties from the
-# model's generation_config, where a policy gradient needs the untruncated distribution.
+# Why not model.generate: it keeps finished rows in the batch, encodes a prompt once for each completion, and
+# takes top_k, top_p and penalties from the model's files; a policy gradient needs the whole distribution.
 
 class Completion(NamedTuple):
     text: str
@@ -501,11 +494,9 @@ class Completion(NamedTuple):
 
 def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 1, temperature: float = 0.0,
              max_new_tokens: int = 1024, seed: Any = 0, label: str = "generate") -> list[Completion]:
-    """n completions of every prompt, in order: those of prompts[i] are at [i n, (i + 1) n).
-
-    prompts: formatted strings, tokenised without adding special tokens. Temperature 0 is greedy; otherwise
-    the draws follow from `seed`, the shape of the call and the place in it, not from batches. torchrun shares
-    the prompts out. Raises FloatingPointError where the model's output is not finite."""
+    """n completions of every prompt, in order: those of prompts[i] are at [i n, (i + 1) n). Prompts are
+    formatted strings, tokenised without adding special tokens. Temperature 0 is greedy; otherwise the draws
+    follow from `seed`, the call's shape and the place in it, not from batches. torchrun shares prompts out."""
     model.eval()  # what is sampled must be the policy that learns
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     require(all(ids), "generate: a prompt has no token")
@@ -600,12 +591,9 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     return [(t[:end], p[:end]) for t, p, end in rows]
 
 # GRPO (arXiv 2402.03300) ------------------------------------------------------------------------------------
-# A_i = (r_i - mean) / std in a group of completions y_i of a prompt x; over the groups with variance,
-# loss = - sum_i A_i sum_j log pi(y_ij | x, y_i,<j) / sum_i |y_i|; Adam on v_t.
 # What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is sampled from
 # the current weights and used for one step, so the ratio is 1 and a clip never acts (`logprob_gap` in the
 # record measures it); nothing ties the policy to a reference, as v starts from 0 and a round is short.
-# In training a prompt stands once, its completions side by side behind it, each seeing the prompt and itself.
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     """A_i = (r_i - mean) / std (the population's) in each group, fp32 [groups, group_size]; 0 in flat ones,
@@ -616,7 +604,7 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
 
 def completion_states(model: nn.Module, prompt: list[int], completions: Sequence[Completion]) -> Tensor:
     """The states [tokens, d] that predict the completions' tokens, from one sequence: the prompt, then its
-    completions side by side."""
+    completions side by side, each seeing the prompt and itself."""
     ids, owner, position, above = [*prompt], [0] * len(prompt), [*range(len(prompt))], []
     for j, completion in enumerate(completions, 1):
         length = len(completion.tokens)
@@ -655,10 +643,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
          config: GRPOConfig, round: int = 0, seed: int = 0) -> Record:
     """Train v (an adapter's, or a list of parameters) for one round: ceil(epochs x prompts / config.prompts)
     times sample, reward, advantages, one Adam step. reward(indices into prompts, texts) -> a number for each.
-
-    Returns steps, completions, flat_groups (without variance), reward (the mean), logprob_gap (the mean
-    |log pi in training - in sampling|), seconds, and a `note` where nothing could be learned. Raises
-    FloatingPointError for a gradient that is not finite, InputError for such a reward, and a gap from 1."""
+    For the record: flat_groups had no variance, logprob_gap is the mean |log pi in training - in sampling|."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     shuffle, queue = generator(seed, "order", round), []
@@ -723,7 +708,7 @@ def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float
 def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: Trained, config: CEConfig,
                   round: int = 0) -> Record:
     """Train v for one round: `config.epochs` passes, an Adam step on - mean log p(label | x) of each batch.
-    batches() -> an iterator of (the model's keyword inputs, labels [B]). Raises as `grpo`."""
+    batches() -> an iterator of (the model's keyword inputs, labels [B])."""
     model.eval()  # without dropout, as in evaluation
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     losses, start = [], time.perf_counter()
@@ -775,7 +760,7 @@ FREE = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens",
 
 def replace(path: File, write: Callable[[Path], Any]) -> None:
     """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder is removed first).
-    The first process alone does it. Raises OSError, or a SafetensorError, as where the disk is full."""
+    The first process alone does it."""
     path, new = Path(path), Path(f"{path}.tmp")
     if process():
         return
@@ -792,8 +777,8 @@ def to_json(value: Any) -> str:
         x.tolist() if hasattr(x, "tolist") else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
-    """Lock a run folder until this process ends. Returns what belongs into its config.json. Raises InputError
-    where another process works in it, or it holds a run with other settings, which are named."""
+    """Lock a run folder until this process ends. Returns what belongs into its config.json. Refuses a folder
+    in use, and a run with other settings, which are named."""
     import fcntl
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -812,8 +797,7 @@ def claim(out: File, settings: Record) -> Record:
     return here
 
 def resume(out: Path, learner: Any) -> list[Record]:
-    """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them. Raises
-    InputError where a file is damaged or missing."""
+    """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them."""
     path, vectors = out / "rounds.jsonl", out / "adapters.safetensors"
     records = read_rows(path, "", "", ["round", "failures", "failed"]) if path.exists() else []
     for t, r in enumerate(records):
@@ -831,7 +815,6 @@ def resume(out: Path, learner: Any) -> list[Record]:
 
 class FullFineTuning:
     """The baseline, --method full: all weights are trained in place. It is what `boost` asks of a learner."""
-
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.done = model.requires_grad_(False), config, 0
 
@@ -858,7 +841,6 @@ class FullFineTuning:
         return {}
 
 # What the scripts share -------------------------------------------------------------------------------------
-# Flags, loading, a task of prompts and grades.
 
 @dataclasses.dataclass
 class RunConfig(Settings):
@@ -945,8 +927,7 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
 class TextTask:
     """A task of prompts and grades for `boost`, learned by GRPO. prompt(example) -> what the model is asked,
     in its chat template, if it has one; grade(texts, examples) -> the rewards, right from 1 on; lenient: a
-    grade for the record alone. Raises InputError where a prompt does not fit the model's context."""
-
+    grade for the record alone."""
     def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence, tests: dict[str, Sequence],
                  config: GRPOConfig, prompt: Callable[[Any], str], grade: Grade, lenient: Grade | None = None,
                  seed: int = 0):
@@ -979,8 +960,8 @@ class TextTask:
                     v, self.config, round, self.seed)
 
 def read_rows(path: File, hub: str, split: str, fields: Sequence[str]) -> list[Record]:
-    """The rows of a .jsonl or .jsonl.gz file, or without a path of a Hub data set, `owner/name` or
-    `owner/name:config`. Raises InputError, with the line, where one lacks a field."""
+    """The rows of a .jsonl or .jsonl.gz file, each with these fields, or without a path of a Hub data set,
+    `owner/name` or `owner/name:config`."""
     if not path:
         from datasets import load_dataset
         advice = "give --train_file and --test_file, or try --demo"
