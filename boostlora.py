@@ -412,9 +412,8 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
             each = seconds["evaluate"] / sum(map(len, [task.train, *task.tests.values()]))
             say(f"          about {estimate(task, config, each, found['failures'])} to go")
 
-    parts = [part for part in (booster.model, tokenizer) if hasattr(part, "save_pretrained")]
-    if parts:  # of transformers
-        replace(out / "model", lambda new: [part.save_pretrained(new) for part in parts])
+    if hasattr(booster.model, "save_pretrained"):  # of transformers
+        replace(out / "model", lambda new: [x.save_pretrained(new) for x in (booster.model, tokenizer) if x])
     say("\n" + "\n".join(describe(record, config.rounds) for record in records))
     return records
 
@@ -429,10 +428,10 @@ def sampled(items: Sequence[Any], count: int, *key: Any) -> list[Any]:
     chosen = torch.randperm(len(items), generator=generator(*key))[:count]
     return [items[i] for i in sorted(chosen.tolist())]
 
-def failures(task: Any, examples: Sequence[Any]) -> tuple[list[int], Record]:
-    """The indices of the wrong ones, and further metrics: of one process, as a grader may use a clock."""
-    right, metrics = gather(task.evaluate(examples))[0]
-    return [i for i, ok in enumerate(right) if not ok], metrics
+def failures(task: Any, examples: Sequence[Any], looked: Sequence[int]) -> tuple[list[int], Record]:
+    """Which of those looked at are wrong, and metrics: of one process, as a grader may use a clock."""
+    right, metrics = gather(task.evaluate([examples[i] for i in looked]))[0]
+    return [i for i, ok in zip(looked, right, strict=True) if not ok], metrics
 
 def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: int) -> Record:
     """What the record says of the model after round t (-1: before any): F_{t+1}, what changed against F_t,
@@ -441,11 +440,10 @@ def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: 
     before = records[-1]["failed"] if records else everything
     right = sorted({*everything} - {*before})
     some = sampled(right, math.ceil(len(right) * (1 if last else config.recheck)), config.seed, "recheck", t)
-    looked = sorted(before + some)
-    failed, metrics = failures(task, [task.train[i] for i in looked])
+    looked, found = sorted(before + some), {"round": t + 1}
+    failed, metrics = failures(task, task.train, looked)  # others were right, and stay so
     if not failed and looked != everything:  # before the run ends, look at all
-        looked, (failed, metrics) = everything, failures(task, task.train)
-    failed, found = [looked[i] for i in failed], {"round": t + 1}  # others were right, and stay so
+        looked, (failed, metrics) = everything, failures(task, task.train, everything)
     if config.accept == "better" and records and len(failed) > len(before):
         booster.rollback()
         found["note"], failed = f"taken back: it left {len(failed)} failures", before
@@ -455,7 +453,7 @@ def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: 
               "regressed": len({*failed} - {*before}), "train_accuracy": 1 - len(failed) / len(everything)}
     due = t < 0 or last or not failed or (test_every and (t + 1) % test_every == 0)
     for name, examples in task.tests.items() if due else ():
-        wrong, metrics = failures(task, examples)
+        wrong, metrics = failures(task, examples, range(len(examples)))
         base = records[0][f"{name}_failed"] if records else wrong
         found |= {f"{name}_accuracy": 1 - len(wrong) / len(examples),
                   **{f"{name}_{metric}": value for metric, value in metrics.items()},
@@ -496,22 +494,21 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
              max_new_tokens: int = 1024, seed: Any = 0, label: str = "generate") -> list[Completion]:
     """n completions of every prompt, in order: those of prompts[i] are at [i n, (i + 1) n). Prompts are
     formatted strings, tokenised without adding special tokens. Temperature 0 is greedy; otherwise the draws
-    follow from `seed`, the call's shape and the place in it, not from batches. torchrun shares prompts out."""
+    follow from `seed`, the call's shape and the place in it, not from batches. torchrun shares the work."""
     model.eval()  # what is sampled must be the policy that learns
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     require(all(ids), "generate: a prompt has no token")
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # Qwen2.5 has two
     stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
-    shape = (len(ids) * n, max_new_tokens)
-    uniforms = torch.rand(shape, generator=generator("sample", seed)) if temperature else None
+    uniforms = torch.rand(len(ids) * n, max_new_tokens, generator=generator("sample", seed))
     queue = sorted(range(len(ids))[process()::processes()], key=lambda i: -len(ids[i]))  # the longest first
-    rows: dict[int, tuple[list[int], list[float]]] = {}
+    rows = {}  # (tokens, log-probabilities) by number
     with progress(total=len(queue) * n, label=label) as bar:
         while queue:
             size = batch_size(model, [len(ids[i]) for i in queue], n, max_new_tokens)
             chunk, queue = queue[:size], queue[size:]
             numbers = [i * n + j for i in chunk for j in range(n)]
-            draws = uniforms[numbers].to(model.device) if temperature else None
+            draws = uniforms[numbers].to(model.device)
             done = decode(model, [ids[i] for i in chunk], n, temperature, max_new_tokens, stops, draws, bar)
             rows.update(zip(numbers, done, strict=True))
     rows = {number: row for part in gather(rows) for number, row in part.items()}
@@ -537,7 +534,7 @@ def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int
 
 @torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
-           stops: list[int], uniforms: Tensor | None, bar: Any) -> list[tuple[list[int], list[float]]]:
+           stops: list[int], uniforms: Tensor, bar: Any) -> list[tuple[list[int], list[float]]]:
     """One batch, token by token; prompts come longest first. (tokens, log-probabilities) of each row."""
     from transformers import DynamicCache
     device, width, cache = model.device, len(prompts[0]), DynamicCache(config=model.config)
@@ -584,8 +581,7 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     bar.update(len(alive))
     require(cache.get_seq_length() == seen, f"{type(model).__name__} does not use its cache")
     if not logprobs.isfinite().all():
-        raise FloatingPointError("the model's output is not finite: in a new --out, lower --lr or try "
-                                 "--dtype float32")
+        raise FloatingPointError("the output is not finite: in a new --out, lower --lr or --dtype float32")
     ends = (torch.isin(tokens, stops).int().cummax(-1).values == 0).sum(-1) + 1
     rows = zip(tokens.tolist(), logprobs.tolist(), ends.tolist(), strict=True)
     return [(t[:end], p[:end]) for t, p, end in rows]
@@ -643,17 +639,17 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
          config: GRPOConfig, round: int = 0, seed: int = 0) -> Record:
     """Train v (an adapter's, or a list of parameters) for one round: ceil(epochs x prompts / config.prompts)
     times sample, reward, advantages, one Adam step. reward(indices into prompts, texts) -> a number for each.
-    For the record: flat_groups had no variance, logprob_gap is the mean |log pi in training - in sampling|."""
+    Of what it returns, flat_groups had no variance; logprob_gap: mean |log pi in training - in sampling|."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    shuffle, queue = generator(seed, "order", round), []
+    shuffle, queue, every, start = generator(seed, "order", round), [], [], time.perf_counter()
     n, size = config.group_size, min(config.prompts, len(ids))
     about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
     masks = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
-    steps = completions = flat = trained = 0
-    total = gap = generating = training = 0.0
+    steps = flat = trained = 0
+    gap = generating = 0.0
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), label=f"round {round + 1}"):
-        start = time.perf_counter()
+        begin = time.perf_counter()
         queue += torch.randperm(len(ids), generator=shuffle).tolist() if len(queue) < size else []
         chosen, queue = queue[:size], queue[size:]
         done = generate(model, tokenizer, [prompts[i] for i in chosen], n, config.temperature,
@@ -662,7 +658,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
         rewards = [float(r) for r in on_first_process(reward, owners, texts)]
         require(len(rewards) == len(done) and all(map(math.isfinite, rewards)),
                 "reward must return a finite number for each completion")
-        completions, total = completions + len(done), total + sum(rewards)
+        generating += time.perf_counter() - begin
+        every += rewards
         advantages = group_advantages(rewards, n)
         informative = advantages.any(1)
         flat += int((~informative).sum())
@@ -672,8 +669,6 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
             room = (config.micro_batch_tokens - len(prompt)) // max(len(c.tokens) for c in group)
             cuts = range(0, n, max(1, room) if masks else 1)
             parts += [(prompt, group[k:k + cuts.step], advantages[j, k:k + cuts.step].tolist()) for k in cuts]
-        middle = time.perf_counter()
-        generating += middle - start
         if not parts:
             continue
         optimizer.zero_grad()
@@ -682,13 +677,12 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
         tokens = sum(len(completion.tokens) for part in parts for completion in part[1])
         steps, trained = steps + 1, trained + tokens
         descend(optimizer, config.max_grad_norm, tokens)
-        training += time.perf_counter() - middle
     gap = sum(gather(gap)) / max(trained, 1)
-    require(not gap >= 1, f"{type(model).__name__} changes its logits after its head (soft-capping, ...), "
-            "so training saw another policy than sampling")
+    require(not gap >= 1, "training saw another policy: the model changes its logits after its head")
     note = {} if steps else {"note": "nothing could be learned: in no group did the rewards differ"}
-    return {"steps": steps, "completions": completions, "flat_groups": flat, "reward": total / completions,
-            "logprob_gap": gap, "seconds": {"generate": generating, "train": training}, **note}
+    seconds = {"generate": generating, "train": time.perf_counter() - start - generating}
+    return {"steps": steps, "completions": len(every), "flat_groups": flat, "logprob_gap": gap,
+            "reward": sum(every) / len(every), "seconds": seconds, **note}
 
 def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float) -> None:
     """One step on the gradients: summed over the processes (4 bytes a trained number), divided by `total`
@@ -804,8 +798,7 @@ def resume(out: Path, learner: Any) -> list[Record]:
         require(t == r["round"] and r["failures"] == len(r["failed"]), f"{path}, line {t + 1} is damaged: "
                 "delete it and all lines after it, and those rounds are computed again")
     done, rounds = len(records) - 1, learner.config.rounds
-    require(done <= rounds, f"{out} has {done} rounds, more than --rounds {rounds}; for a shorter model use "
-            f"Booster.load(model, '{vectors}', rounds={rounds})")
+    require(done <= rounds, f"{out} has {done} rounds, more than --rounds {rounds}: choose another --out")
     require(records or not [*out.glob("*.safetensors")], f"{path} is missing: choose another --out")
     if done > 0:
         learner.resume(vectors, rounds=done)
@@ -860,13 +853,12 @@ class RunConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        require(not (self.export_lora and self.method == "full"), "--export_lora: not with --method full")
+        full, gpu = self.method == "full", torch.cuda.is_available()
+        require(not (full and self.export_lora), "--export_lora: not with --method full")
         require(not (self.demo and (self.train_file or self.test_file)), "--demo makes its own data files")
         if self.dtype == "auto":
-            gpu = torch.cuda.is_available() and not self.demo and self.method == "boost"
-            self.dtype = "bfloat16" if gpu else "float32"
-        require(self.method == "boost" or self.dtype == "float32",
-                f"--method full: not in --dtype {self.dtype}, which rounds small steps away")
+            self.dtype = "bfloat16" if gpu and not (self.demo or full) else "float32"
+        require(not full or self.dtype == "float32", f"--method full: {self.dtype} rounds small steps away")
 
 def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], demo: dict[str, Any]) -> tuple:
     """The flags, as one instance of each dataclass. --demo changes defaults, not what the user says, and uses
@@ -916,13 +908,12 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
     """The causal language model and its tokenizer, checked before the weights are loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     advice = "--model takes a folder or a name on the Hub of a causal language model; --demo needs neither"
-    config, tokenizer = (load(kind.from_pretrained, args.model, advice=advice)
-                         for kind in (AutoConfig, AutoTokenizer))
+    config = load(AutoConfig.from_pretrained, args.model, advice=advice)
+    tokenizer = load(AutoTokenizer.from_pretrained, args.model, advice=advice)
     require(tokenizer.chat_template, f"--model {args.model} has no chat template: use an instruct model")
     with torch.device("meta"):
         Booster.check_fit(load(AutoModelForCausalLM.from_config, config, advice=advice), boosting)
-    dtype = getattr(torch, args.dtype)
-    return load(AutoModelForCausalLM.from_pretrained, args.model, dtype=dtype, advice=advice), tokenizer
+    return load(AutoModelForCausalLM.from_pretrained, args.model, dtype=args.dtype, advice=advice), tokenizer
 
 class TextTask:
     """A task of prompts and grades for `boost`, learned by GRPO. prompt(example) -> what the model is asked,

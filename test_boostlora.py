@@ -595,7 +595,7 @@ def test_more_rounds_continue_a_finished_run_and_fewer_are_refused(tmp_path):
     one, other = (torch.stack(Booster.load(esm(), tmp_path / name / "adapters.safetensors").vectors)
                   for name in ("short", "long"))
     assert len(one) == 6 and torch.allclose(one, other, atol=1e-4)
-    with refused("6 rounds, more than --rounds 4.*rounds=4"):
+    with refused("6 rounds, more than --rounds 4"):
         run_words(tmp_path / "short")
 
 def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
