@@ -63,8 +63,9 @@ def setting(default: Any, help: str) -> Any:
 
 class Settings:
     """Refuses what is not among the choices of a Literal, and a number below its `least` (without one, 0)."""
-    least: ClassVar = {}
-
+    least: ClassVar = {"rank": 1, "u": 1, "replay": -1, "epochs": 1e-6, "prompts": 1, "group_size": 2,
+                       "max_new_tokens": 1, "temperature": 1e-6, "lr": 1e-12, "max_grad_norm": 1e-12,
+                       "micro_batch_tokens": 1, "batch_tokens": 1}
     def __post_init__(self):
         for name, kind in [(field.name, field.type) for field in dataclasses.fields(self)]:
             value, least, choices = getattr(self, name), self.least.get(name, 0), get_args(kind)
@@ -86,7 +87,6 @@ class BoostConfig(Settings):
     accept: Literal["all", "better"] = setting(
         "all", "better: a round that leaves more failures than before is taken back; all: the paper")
     seed: int = setting(0, "all randomness follows from it and the round")
-    least: ClassVar = {"rank": 1, "u": 1, "replay": -1}
 
 @dataclasses.dataclass
 class GRPOConfig(Settings):
@@ -99,8 +99,6 @@ class GRPOConfig(Settings):
     lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     micro_batch_tokens: int = setting(2048, "tokens of a prompt and completions per backward pass")
-    least: ClassVar = {"epochs": 1e-6, "prompts": 1, "group_size": 2, "max_new_tokens": 1, "lr": 1e-12,
-                       "temperature": 1e-6, "max_grad_norm": 1e-12, "micro_batch_tokens": 1}
 
 @dataclasses.dataclass
 class CEConfig(Settings):
@@ -110,7 +108,6 @@ class CEConfig(Settings):
     lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     line_search: bool = setting(True, "scale v by 1, 1/2 ... or 0: the loss on all training data falls")
-    least: ClassVar = {"epochs": 1, "batch_tokens": 1, "lr": 1e-12, "max_grad_norm": 1e-12}
 
 def generator(*key: Any) -> torch.Generator:
     """A CPU generator whose stream depends on `key` alone, such as (seed, "P", round, module)."""
@@ -121,11 +118,9 @@ def generator(*key: Any) -> torch.Generator:
 
 @torch.no_grad()
 def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor, ...]:
-    """The k leading singular triplets of weight [out, in]: U [out, k], S [k], V [in, k], fp32, on its device.
-
-    They come from the smaller Gram matrix, in fp64, as forming it squares the condition. `torch.svd_lowrank`
-    would mix neighbouring triplets, which breaks the slices. The sign is fixed: of each u_i the entry largest
-    in magnitude is positive. Raises InputError where there are no k triplets above 1e-6 S_0."""
+    """The k leading singular triplets of weight [out, in]: U [out, k], S [k], V [in, k], fp32, on its device;
+    of each u_i the entry largest in magnitude is positive. They come from the smaller Gram matrix, in fp64,
+    as forming it squares the condition; `torch.svd_lowrank` would mix neighbours, which breaks the slices."""
     W, shape = weight.detach().double(), list(weight.shape)
     require(W.isfinite().all() and k <= min(shape), f"{name} {shape} is not finite, or has no {k} triplets")
     W = W.T if (wide := shape[0] < shape[1]) else W
@@ -200,14 +195,14 @@ class Booster:
 
     @staticmethod
     def check_fit(model: nn.Module, config: BoostConfig) -> int:
-        """How many triplets k are used. Raises InputError where a target has fewer."""
+        """How many triplets k are used, if every target has as many."""
         targets, k = find_targets(model), config.rank * (1 if config.basis == "top" else config.rounds)
         require(config.groups <= len(targets), f"--groups {config.groups}: there are {len(targets)} targets")
         for name, linear in targets.items():
             kind, shape = linear.weight.dtype, list(linear.weight.shape)
             require(kind.is_floating_point, f"{name} has {kind} weights: load the model unquantised")
-            require(k <= min(shape), f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular "
-                                     f"triplets, but {name} {shape} has {min(shape)}: lower one of them")
+            need = f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets"
+            require(k <= min(shape), f"{need}, but {name} {shape} has {min(shape)}: lower one of them")
         return k
 
     @staticmethod
@@ -247,7 +242,6 @@ class Booster:
         return self.v
 
     def detach(self) -> None:
-        """Take the adapter out of the model's forward."""
         while self.hooks:
             self.hooks.pop().remove()
 
@@ -309,8 +303,8 @@ class Booster:
         every, ranks = range(len(self.vectors)), self.rank().values()
         norm, total = (math.sqrt(sum(float(self.core(name, ts).square().sum()) for name in self.targets))
                        for ts in (every[-1:], every))
-        return {"norm": norm, "total_norm": total, "rank": {"min": min(ranks), "max": max(ranks)},
-                "fidelity": self.fidelity()}
+        rank, fidelity = {"min": min(ranks), "max": max(ranks)}, self.fidelity()
+        return {"norm": norm, "total_norm": total, "rank": rank, "fidelity": fidelity}
 
     def save(self, path: File) -> None:
         """Write v of all rounds [rounds, groups, u], 4 bytes a number, and what rebuilds the rest."""
@@ -374,14 +368,13 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
     """Boost a learner (a Booster, or what has its attach, merge, save, resume, summary, model and config, and
     rollback where accept="better") on a task:
 
-        task.train                       a sequence of examples
-        task.tests                       dict: name -> examples
+        task.train, task.tests           a sequence of examples; dict: name -> examples
         task.evaluate(examples)          -> (list of bool: right?, dict of further metrics)
         task.fit(examples, v, round)     -> dict of statistics; trains v in place
         task.effort                      optional: what training on an example costs, in evaluations
 
     Tests run at the start, at the end and every `test_every` rounds. The same call again continues a run that
-    was broken off. Returns the lines of rounds.jsonl. Raises InputError where `out` holds another run."""
+    was broken off. Returns the lines of rounds.jsonl."""
     out, config = Path(out), booster.config
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
@@ -411,7 +404,6 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         if t < 0 and found["failures"] and config.rounds:
             each = seconds["evaluate"] / sum(map(len, [task.train, *task.tests.values()]))
             say(f"          about {estimate(task, config, each, found['failures'])} to go")
-
     if hasattr(booster.model, "save_pretrained"):  # of transformers
         replace(out / "model", lambda new: [x.save_pretrained(new) for x in (booster.model, tokenizer) if x])
     say("\n" + "\n".join(describe(record, config.rounds) for record in records))
@@ -516,10 +508,9 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
             for row in map(rows.get, range(len(rows)))]
 
 def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int) -> int:
-    """How many of the prompts, of these lengths, the longest first, go into one batch. Their n rows' keys and
-    values, and four fp32 copies of their logits, must fit in half of a GPU's free memory (as a power of two:
-    batches, and with them roundings, seldom change), on a CPU in 2 GiB; and of the prompts' tokens no more
-    than an eighth, and 2,048, may be padding."""
+    """How many of the prompts, of these lengths, the longest first, go into one batch. Keys, values and four
+    fp32 copies of the logits of n rows each must fit in half of a GPU's free memory (as a power of two: so
+    batches, and roundings, seldom change), on a CPU in 2 GiB; an eighth + 2,048 tokens may be padding."""
     c, memory, longest = model.config.get_text_config(), 2**31, lengths[0]
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -685,8 +676,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
             "reward": sum(every) / len(every), "seconds": seconds, **note}
 
 def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float) -> None:
-    """One step on the gradients: summed over the processes (4 bytes a trained number), divided by `total`
-    (here, as in the backward pass fp16 would underflow), clipped."""
+    """One step on the gradients: summed over the processes, divided by `total` (here, as in the backward pass
+    fp16 would underflow), clipped."""
     parameters = optimizer.param_groups[0]["params"]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -792,7 +783,7 @@ def claim(out: File, settings: Record) -> Record:
 
 def resume(out: Path, learner: Any) -> list[Record]:
     """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them."""
-    path, vectors = out / "rounds.jsonl", out / "adapters.safetensors"
+    path = out / "rounds.jsonl"
     records = read_rows(path, "", "", ["round", "failures", "failed"]) if path.exists() else []
     for t, r in enumerate(records):
         require(t == r["round"] and r["failures"] == len(r["failed"]), f"{path}, line {t + 1} is damaged: "
@@ -801,7 +792,7 @@ def resume(out: Path, learner: Any) -> list[Record]:
     require(done <= rounds, f"{out} has {done} rounds, more than --rounds {rounds}: choose another --out")
     require(records or not [*out.glob("*.safetensors")], f"{path} is missing: choose another --out")
     if done > 0:
-        learner.resume(vectors, rounds=done)
+        learner.resume(out / "adapters.safetensors", rounds=done)
         say(f"{out} has {done} of {rounds} rounds")
     gather(None)  # all processes have read the state before the first one changes it
     return records
@@ -876,11 +867,10 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
 def run(main: Callable[[], None]) -> None:
     """Call main, alone or under torchrun. A user's mistake and Ctrl-C end in one sentence."""
     try:
-        if "RANK" in os.environ:
+        if "RANK" in os.environ:  # two hours, as the others wait while the first may download or grade
             gpu = torch.cuda.is_available()
             if gpu:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            # Two hours, as the first process may download or grade while the others wait.
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         return main()
     except (InputError, FloatingPointError, torch.OutOfMemoryError, OSError,
@@ -931,7 +921,6 @@ class TextTask:
         require(config.max_new_tokens <= room, f"--max_new_tokens: the longest prompt leaves room for {room}")
 
     def prompts(self, examples: Sequence[Any]) -> list[str]:
-        """What the model sees."""
         chats = [[{"role": "user", "content": self.prompt(example)}] for example in examples]
         if not self.tokenizer.chat_template:
             return [chat[0]["content"] for chat in chats]
@@ -963,9 +952,8 @@ def read_rows(path: File, hub: str, split: str, fields: Sequence[str]) -> list[R
     rows = load(read, path, advice="mend or delete that line: one JSON object a line, in UTF-8")
     require(rows, f"{path}: the file is empty")
     for number, row in enumerate(rows, 1):
-        for field in fields:
-            require(isinstance(row, dict) and field in row,
-                    f"{path}, line {number}: the field '{field}' is missing")
+        missing = ", ".join(sorted(set(fields).difference(row if isinstance(row, dict) else ())))
+        require(not missing, f"{path}, line {number}: the field '{missing}' is missing")
     return rows
 
 def pretrain(model: nn.Module, batch: Callable[[], dict[str, Tensor]], steps: int) -> None:
@@ -980,8 +968,7 @@ def pretrain(model: nn.Module, batch: Callable[[], dict[str, Tensor]], steps: in
         optimizer.step()
         schedule.step()
 
-def finish(args: RunConfig, config: BoostConfig, settings: Record, model: nn.Module, tokenizer: Any,
-           task: Any) -> None:
+def finish(args: RunConfig, config: BoostConfig, settings: Record, task: Any, tokenizer: Any) -> None:
     """Boost, export, and say what came of it."""
     if not (args.demo or torch.cuda.is_available() or (Path(args.out) / "rounds.jsonl").exists()):
         some, start = sampled(task.train, 64, "estimate"), time.perf_counter()  # a batch like those to come
@@ -989,7 +976,7 @@ def finish(args: RunConfig, config: BoostConfig, settings: Record, model: nn.Mod
         each = (time.perf_counter() - start) / len(some)
         left = estimate(task, config, each, failed, first=True)
         say(f"no GPU: about {left} for this run, by a first batch; --demo shows the method in minutes")
-    booster = Booster(model, config) if args.method == "boost" else FullFineTuning(model, config)
+    booster = (Booster if args.method == "boost" else FullFineTuning)(task.model, config)
     boost(booster, task, args.out, args.test_every, settings, tokenizer)
     say(f"\n{args.out}/model is the merged model, for from_pretrained; {args.out}/rounds.jsonl the record")
     if args.export_lora:

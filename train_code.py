@@ -123,7 +123,7 @@ def main() -> None:
         task = TextTask(model, tokenizer, train, tests, training, seed=boosting.seed,
                         prompt=lambda problem: problem["text" if args.demo else "ask"],
                         grade=lambda texts, problems: sandbox.run(map(program, problems, texts)))
-        finish(args, boosting, settings, model, tokenizer, task)
+        finish(args, boosting, settings, task, tokenizer)
 
 # The sandbox (Linux, standard library only) -----------------------------------------------------------------
 # For each job, (code, tests), there are two new processes:

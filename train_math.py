@@ -107,7 +107,7 @@ def main() -> None:
                     training, prompt=lambda problem: problem["question"] + ("" if args.demo else INSTRUCTION),
                     grade=demo_grades if args.demo else grades, lenient=None if args.demo else lenient_grades,
                     seed=boosting.seed)
-    finish(args, boosting, settings, model, tokenizer, task)
+    finish(args, boosting, settings, task, tokenizer)
 
 # ------------------------------------------------------------------------------------------------------------
 # Grading. Four steps: find the final answer (boxed, spoken), give it one spelling (clean), take lists,

@@ -278,7 +278,7 @@ def main() -> None:
     model, tokenizer = load_esm(args, boosting)
     task = ProteinTask(model, tokenizer, train, {"test": test}, training, boosting.seed)
     task.probe(Path(args.out))
-    finish(args, boosting, settings, model, tokenizer, task)
+    finish(args, boosting, settings, task, tokenizer)
 
 # ------------------------------------------------------------------------------------------------------------
 # The demo: pairs whose touching residues fit each other in nature (+ beside -, greasy beside greasy). A small
