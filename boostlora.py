@@ -386,12 +386,12 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         t = len(records) - 1  # the round that is trained now; -1: the base model is evaluated
         stats, seconds, clock = {}, {"generate": 0.0, "train": 0.0, "merge": 0.0}, time.perf_counter
         if t >= 0:
-            v = booster.attach()
+            v, start = booster.attach(), clock()
             stats = task.fit(select(task.train, records[-1]["failed"], config, t), v, t)
             seconds |= stats.pop("seconds", {})
-            start = clock()
+            trained = clock()
             booster.merge()
-            seconds["merge"] = clock() - start
+            seconds |= {"train": trained - start - seconds["generate"], "merge": clock() - trained}
         start = clock()
         found = measure(booster, task, records, t, test_every)
         seconds["evaluate"] = clock() - start
@@ -633,14 +633,14 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
     Of what it returns, flat_groups had no variance; logprob_gap: mean |log pi in training - in sampling|."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    shuffle, queue, every, start = generator(seed, "order", round), [], [], time.perf_counter()
+    shuffle, queue, every = generator(seed, "order", round), [], []
     n, size = config.group_size, min(config.prompts, len(ids))
     about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
     masks = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
     steps = flat = trained = 0
     gap = generating = 0.0
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), label=f"round {round + 1}"):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         queue += torch.randperm(len(ids), generator=shuffle).tolist() if len(queue) < size else []
         chosen, queue = queue[:size], queue[size:]
         done = generate(model, tokenizer, [prompts[i] for i in chosen], n, config.temperature,
@@ -649,7 +649,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
         rewards = [float(r) for r in on_first_process(reward, owners, texts)]
         require(len(rewards) == len(done) and all(map(math.isfinite, rewards)),
                 "reward must return a finite number for each completion")
-        generating += time.perf_counter() - begin
+        generating += time.perf_counter() - start
         every += rewards
         advantages = group_advantages(rewards, n)
         informative = advantages.any(1)
@@ -671,9 +671,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
     gap = sum(gather(gap)) / max(trained, 1)
     require(not gap >= 1, "training saw another policy: the model changes its logits after its head")
     note = {} if steps else {"note": "nothing could be learned: in no group did the rewards differ"}
-    seconds = {"generate": generating, "train": time.perf_counter() - start - generating}
     return {"steps": steps, "completions": len(every), "flat_groups": flat, "logprob_gap": gap,
-            "reward": sum(every) / len(every), "seconds": seconds, **note}
+            "reward": sum(every) / len(every), "seconds": {"generate": generating}, **note}
 
 def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float) -> None:
     """One step on the gradients: summed over the processes, divided by `total` (here, as in the backward pass
@@ -696,8 +695,7 @@ def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: T
     batches() -> an iterator of (the model's keyword inputs, labels [B])."""
     model.eval()  # without dropout, as in evaluation
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
-    losses, start = [], time.perf_counter()
-    data = (batch for _ in range(config.epochs) for batch in batches())
+    losses, data = [], (batch for _ in range(config.epochs) for batch in batches())
     for inputs, labels in progress(data, label=f"round {round + 1}"):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(**inputs).logits.float(), labels)
@@ -705,8 +703,7 @@ def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: T
         losses.append(float(loss.detach()))
         descend(optimizer, config.max_grad_norm, processes())
     require(losses, "cross_entropy: batches() gives no batch")
-    return {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1],
-            "seconds": {"train": time.perf_counter() - start}}
+    return {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
 
 # Processes --------------------------------------------------------------------------------------------------
 # Without torchrun nothing is initialised: one process, the first.

@@ -23,7 +23,6 @@ import csv
 import gzip
 import math
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -229,7 +228,7 @@ class ProteinTask:
         return ((z > 0) == (y == 1)).tolist(), {"f1": f1(z > 0, y), "auc": auc(z, y), "loss": loss}
 
     def fit(self, pairs: list[Pair], v: nn.Parameter | list[nn.Parameter], round: int) -> dict[str, Any]:
-        start, order = time.perf_counter(), generator(self.seed, "order", round)
+        order = generator(self.seed, "order", round)
         search = self.config.line_search and isinstance(v, nn.Parameter)  # not for all weights
         if search and self.known[0] != Booster.digest(self.model):  # continued, taken back, or --recheck below 1
             self.evaluate(self.train)
@@ -238,7 +237,7 @@ class ProteinTask:
         if search:
             stats["scale"] = line_search(v, lambda: self.evaluate(self.train)[1]["loss"], self.known[1])
             self.known = "", 0.0  # the trials' adapters are not in the checksum
-        return {**stats, "seconds": {"train": time.perf_counter() - start}}
+        return stats
 
     def probe(self, folder: Path) -> None:
         """Phase 1. The head is kept in the folder: computed again on a GPU, its last bits may differ."""
