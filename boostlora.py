@@ -41,7 +41,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -151,7 +150,7 @@ class TinyLoRA(nn.Module):
         """x [..., in] -> the update's output [..., out]."""
         if torch.is_grad_enabled() or self.version != self.v._version:  # sampling forms R V^T once for a v
             self.folded, self.version = self.down().to(x.dtype), self.v._version
-        return F.linear(F.linear(x, self.folded), self.up)
+        return nn.functional.linear(nn.functional.linear(x, self.folded), self.up)
 
     def delta(self) -> Tensor:
         """The update as a matrix, fp32 [out, in]."""
@@ -406,7 +405,6 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
             say(f"          about {estimate(task, config, each, found['failures'])} to go")
     if hasattr(booster.model, "save_pretrained"):  # of transformers
         replace(out / "model", lambda new: [x.save_pretrained(new) for x in (booster.model, tokenizer) if x])
-    say("\n" + "\n".join(describe(record, config.rounds) for record in records))
     return records
 
 def select(train: Sequence[Any], failed: list[int], config: BoostConfig, t: int) -> list[Any]:
@@ -698,7 +696,7 @@ def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: T
     losses, data = [], (batch for _ in range(config.epochs) for batch in batches())
     for inputs, labels in progress(data, label=f"round {round + 1}"):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(**inputs).logits.float(), labels)
+        loss = nn.functional.cross_entropy(model(**inputs).logits.float(), labels)
         loss.backward()
         losses.append(float(loss.detach()))
         descend(optimizer, config.max_grad_norm, processes())
@@ -738,8 +736,6 @@ def progress(iterable: Iterable | None = None, label: str = "", total: int | Non
 # adapters.safetensors and rounds.jsonl are replaced atomically, in this order. A round counts once its line
 # is there; one without is done again, with the same random numbers: a killed run ends with the same bits.
 
-FREE = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}  # may change
-
 def replace(path: File, write: Callable[[Path], Any]) -> None:
     """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder is removed first).
     The first process alone does it."""
@@ -773,8 +769,9 @@ def claim(out: File, settings: Record) -> Record:
     require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
     versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
     here = {"data": there.get("data"), **json.loads(to_json(settings)), "versions": versions}
+    free = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}  # may change
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
-                 for key in sorted({*there, *here} - FREE) if there and there.get(key) != here.get(key)]
+                 for key in sorted({*there, *here} - free) if there and there.get(key) != here.get(key)]
     require(not differing, f"{out} holds another run ({'; '.join(differing)}): choose another --out")
     return here
 
