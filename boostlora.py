@@ -492,15 +492,15 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
     uniforms = torch.rand(len(ids) * n, max_new_tokens, generator=generator("sample", seed))
     queue = sorted(range(len(ids))[process()::processes()], key=lambda i: -len(ids[i]))  # the longest first
-    rows = {}  # (tokens, log-probabilities) by number
-    with progress(total=len(queue) * n, label=label) as bar:
-        while queue:
-            size = batch_size(model, [len(ids[i]) for i in queue], n, max_new_tokens)
-            chunk, queue = queue[:size], queue[size:]
-            numbers = [i * n + j for i in chunk for j in range(n)]
-            draws = uniforms[numbers].to(model.device)
-            done = decode(model, [ids[i] for i in chunk], n, temperature, max_new_tokens, stops, draws, bar)
-            rows.update(zip(numbers, done, strict=True))
+    batches, rows = [], {}  # rows: (tokens, log-probabilities) by number
+    while queue:
+        size = batch_size(model, [len(ids[i]) for i in queue], n, max_new_tokens)
+        batches, queue = [*batches, queue[:size]], queue[size:]
+    for batch in progress(batches, label):
+        numbers = [i * n + j for i in batch for j in range(n)]
+        draws = uniforms[numbers].to(model.device)
+        done = decode(model, [ids[i] for i in batch], n, temperature, max_new_tokens, stops, draws)
+        rows.update(zip(numbers, done, strict=True))
     rows = {number: row for part in gather(rows) for number, row in part.items()}
     return [Completion(tokenizer.decode(row[0], skip_special_tokens=True), *row)
             for row in map(rows.get, range(len(rows)))]
@@ -523,7 +523,7 @@ def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int
 
 @torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
-           stops: list[int], uniforms: Tensor, bar: Any) -> list[tuple[list[int], list[float]]]:
+           stops: list[int], uniforms: Tensor) -> list[tuple[list[int], list[float]]]:
     """One batch, token by token; prompts come longest first. (tokens, log-probabilities) of each row."""
     from transformers import DynamicCache
     device, width, cache = model.device, len(prompts[0]), DynamicCache(config=model.config)
@@ -564,10 +564,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
             break
         if left >= len(alive) / 8:  # leaving copies the cache, so an eighth leaves together
             keep = (~ended).nonzero().squeeze(-1)
-            bar.update(left)
             alive, token, mask, positions, ended = (x[keep] for x in (alive, token, mask, positions, ended))
             cache.batch_select_indices(keep)
-    bar.update(len(alive))
     require(cache.get_seq_length() == seen, f"{type(model).__name__} does not use its cache")
     if not logprobs.isfinite().all():
         raise FloatingPointError("the output is not finite: in a new --out, lower --lr or --dtype float32")
@@ -637,7 +635,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
     masks = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
     steps = flat = trained = 0
     gap = generating = 0.0
-    for step in progress(range(math.ceil(config.epochs * len(ids) / size)), label=f"round {round + 1}"):
+    for step in progress(range(math.ceil(config.epochs * len(ids) / size)), f"round {round + 1}"):
         start = time.perf_counter()
         queue += torch.randperm(len(ids), generator=shuffle).tolist() if len(queue) < size else []
         chosen, queue = queue[:size], queue[size:]
@@ -694,7 +692,7 @@ def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: T
     model.eval()  # without dropout, as in evaluation
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     losses, data = [], (batch for _ in range(config.epochs) for batch in batches())
-    for inputs, labels in progress(data, label=f"round {round + 1}"):
+    for inputs, labels in progress(data, f"round {round + 1}"):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(**inputs).logits.float(), labels)
         loss.backward()
@@ -727,10 +725,10 @@ def say(text: str) -> None:
     if process() == 0:
         print(text, flush=True)
 
-def progress(iterable: Iterable | None = None, label: str = "", total: int | None = None) -> Any:
+def progress(items: Iterable, label: str) -> Iterable:
     """A bar on a terminal, nothing in a log."""
     from tqdm import tqdm
-    return tqdm(iterable, label, total, leave=False, disable=True if process() else None, dynamic_ncols=True)
+    return tqdm(items, label, leave=False, disable=True if process() else None, dynamic_ncols=True)
 
 # The state of a run -----------------------------------------------------------------------------------------
 # adapters.safetensors and rounds.jsonl are replaced atomically, in this order. A round counts once its line
