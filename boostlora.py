@@ -492,7 +492,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
     uniforms = torch.rand(len(ids) * n, max_new_tokens, generator=generator("sample", seed))
     queue = sorted(range(len(ids))[process()::processes()], key=lambda i: -len(ids[i]))  # the longest first
-    batches, rows = [], {}  # rows: (tokens, log-probabilities) by number
+    batches, rows = [], []  # rows: (number, tokens, log-probabilities)
     while queue:
         size = batch_size(model, [len(ids[i]) for i in queue], n, max_new_tokens)
         batches, queue = [*batches, queue[:size]], queue[size:]
@@ -500,10 +500,9 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
         numbers = [i * n + j for i in batch for j in range(n)]
         draws = uniforms[numbers].to(model.device)
         done = decode(model, [ids[i] for i in batch], n, temperature, max_new_tokens, stops, draws)
-        rows.update(zip(numbers, done, strict=True))
-    rows = {number: row for part in gather(rows) for number, row in part.items()}
-    return [Completion(tokenizer.decode(row[0], skip_special_tokens=True), *row)
-            for row in map(rows.get, range(len(rows)))]
+        rows += [(number, *row) for number, row in zip(numbers, done, strict=True)]
+    rows = sorted(row for part in gather(rows) for row in part)
+    return [Completion(tokenizer.decode(t, skip_special_tokens=True), t, p) for _, t, p in rows]
 
 def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int) -> int:
     """How many of the prompts, of these lengths, the longest first, go into one batch. Keys, values and four
