@@ -610,15 +610,14 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     states, head = completion_states(model, prompt, completions), model.get_output_embeddings()
     tokens = torch.tensor([token for c in completions for token in c.tokens], device=model.device)
     sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
-    lengths = torch.tensor([len(c.tokens) for c in completions])
-    weights = torch.tensor(advantages).repeat_interleave(lengths).to(model.device)  # A_i of each token
+    weights = [a for a, c in zip(advantages, completions, strict=True) for _ in c.tokens]  # A_i of each token
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
         logits = head(states).float() / temperature
         return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
     size = max(1, 2**25 // model.config.get_text_config().vocab_size)
     chunks = zip(states.split(size), tokens.split(size), strict=True)
     trained = torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
-    (-(weights * trained).sum()).backward()
+    (-(torch.tensor(weights, device=model.device) * trained).sum()).backward()
     return float((trained.detach() - sampled).abs().sum())
 
 def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade, v: Trained,
@@ -859,8 +858,7 @@ def run(main: Callable[[], None]) -> None:
     """Call main, alone or under torchrun. A user's mistake and Ctrl-C end in one sentence."""
     try:
         if "RANK" in os.environ:  # two hours, as the others wait while the first may download or grade
-            gpu = torch.cuda.is_available()
-            if gpu:
+            if gpu := torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         return main()
