@@ -114,6 +114,7 @@ def generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 # Basis ------------------------------------------------------------------------------------------------------
+# W_0 = U Sigma V^T, of which the leading k = r T triplets are kept.
 
 @torch.no_grad()
 def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor, ...]:
@@ -339,11 +340,12 @@ class Booster:
         self.write()
 
     @classmethod
-    def load(cls, model: nn.Module, path: File, **options: Any) -> "Booster":
-        """The fine-tuned model from the base model and the file: the same bits on the same machine and
-        library versions. Options, and what is raised, as of `resume`."""
+    def load(cls, model: nn.Module, path: File, rounds: int | None = None,
+             weights: list[float] | None = None) -> "Booster":
+        """The fine-tuned model from the base model and the file, as `resume`: the same bits on the same
+        machine and library versions."""
         booster = cls(model, cls.read(path)[0])
-        booster.resume(path, **options)
+        booster.resume(path, rounds, weights)
         return booster
 
     def export_lora(self, folder: File) -> None:
@@ -361,6 +363,7 @@ class Booster:
         replace(about, lambda new: new.write_text(json.dumps(config, indent=2) + "\n"))
 
 # The loop ---------------------------------------------------------------------------------------------------
+# F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t), until t = T or F_t = {}.
 
 def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Record | None = None,
           tokenizer: Any = None) -> list[Record]:
@@ -405,6 +408,7 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
             say(f"          about {estimate(task, config, each, found['failures'])} to go")
     if hasattr(booster.model, "save_pretrained"):  # of transformers
         replace(out / "model", lambda new: [x.save_pretrained(new) for x in (booster.model, tokenizer) if x])
+    say("\n" + "\n".join(describe(record, config.rounds) for record in records))
     return records
 
 def select(train: Sequence[Any], failed: list[int], config: BoostConfig, t: int) -> list[Any]:
@@ -472,6 +476,7 @@ def describe(r: Record, rounds: int) -> str:
     return text + (f"\n          {r['note']}" if "note" in r else "")
 
 # Generation -------------------------------------------------------------------------------------------------
+# argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO.
 # Why not model.generate: it keeps finished rows in the batch, encodes a prompt once for each completion, and
 # takes top_k, top_p and penalties from the model's files; a policy gradient needs the whole distribution.
 
@@ -496,10 +501,10 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     while queue:
         size = batch_size(model, [len(ids[i]) for i in queue], n, max_new_tokens)
         batches, queue = [*batches, queue[:size]], queue[size:]
-    for batch in progress(batches, label):
+    for batch in batches:
         numbers = [i * n + j for i in batch for j in range(n)]
         draws = uniforms[numbers].to(model.device)
-        done = decode(model, [ids[i] for i in batch], n, temperature, max_new_tokens, stops, draws)
+        done = decode(model, [ids[i] for i in batch], n, temperature, max_new_tokens, stops, draws, label)
         rows += [(number, *row) for number, row in zip(numbers, done, strict=True)]
     rows = sorted(row for part in gather(rows) for row in part)
     return [Completion(tokenizer.decode(t, skip_special_tokens=True), t, p) for _, t, p in rows]
@@ -522,7 +527,7 @@ def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int
 
 @torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
-           stops: list[int], uniforms: Tensor) -> list[tuple[list[int], list[float]]]:
+           stops: list[int], uniforms: Tensor, label: str) -> list[tuple[list[int], list[float]]]:
     """One batch, token by token; prompts come longest first. (tokens, log-probabilities) of each row."""
     from transformers import DynamicCache
     device, width, cache = model.device, len(prompts[0]), DynamicCache(config=model.config)
@@ -545,7 +550,7 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(alive), max_new_tokens, device=device)
     ended = torch.zeros_like(alive, dtype=torch.bool)
-    for step in range(max_new_tokens):
+    for step in progress(range(max_new_tokens), f"{label}, {len(alive)} rows, tokens"):
         seen = width + step
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :seen],
                        position_ids=positions[:, seen - 1:seen], **options).logits[:, -1]
@@ -573,6 +578,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     return [(t[:end], p[:end]) for t, p, end in rows]
 
 # GRPO (arXiv 2402.03300) ------------------------------------------------------------------------------------
+# A_i = (r_i - mean) / std in a group of completions y_i of a prompt x; over the groups with variance,
+# loss = - sum_i A_i sum_j log pi(y_ij | x, y_i,<j) / sum_i |y_i|; one step of Adam on v_t.
 # What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is sampled from
 # the current weights and used for one step, so the ratio is 1 and a clip never acts (`logprob_gap` in the
 # record measures it); nothing ties the policy to a reference, as v starts from 0 and a round is short.
@@ -682,10 +689,11 @@ def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float
     optimizer.step()
 
 # Cross-entropy, for a classifier ----------------------------------------------------------------------------
+# loss = - mean log p(label | x).
 
 def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: Trained, config: CEConfig,
                   round: int = 0) -> Record:
-    """Train v for one round: `config.epochs` passes, an Adam step on - mean log p(label | x) of each batch.
+    """Train v for one round: `config.epochs` passes, an Adam step on the loss of each batch.
     batches() -> an iterator of (the model's keyword inputs, labels [B])."""
     model.eval()  # without dropout, as in evaluation
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
@@ -746,9 +754,10 @@ def replace(path: File, write: Callable[[Path], Any]) -> None:
     os.replace(new, path)
 
 def to_json(value: Any) -> str:
-    """JSON; tensors and numpy's numbers as plain ones, other objects as their fields."""
+    """JSON; tensors and numpy's numbers as plain ones, sets in order, other objects as their fields."""
     return json.dumps(value, default=lambda x: (
-        x.tolist() if hasattr(x, "tolist") else getattr(x, "__dict__", type(x).__name__)))
+        sorted(x, key=repr) if isinstance(x, (set, frozenset)) else x.tolist() if hasattr(x, "tolist")
+        else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
     """Lock a run folder until this process ends. Returns what belongs into its config.json. Refuses a folder
