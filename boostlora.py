@@ -45,7 +45,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 File, Record, Trained = str | Path, dict[str, Any], nn.Parameter | list[nn.Parameter]
-Grade = Callable[[list, list], list[float]]  # a number for each of the model's answers
+Grade = Callable[[list[str], list], list[float]]  # (texts, their examples) -> a number for each
+Reward = Callable[[list[int], list[str]], list[float]]  # (indices into prompts, texts) -> a number for each
 
 # Settings ---------------------------------------------------------------------------------------------------
 # Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
@@ -331,7 +332,7 @@ class Booster:
         require(theirs == mine, f"{path} is of {theirs}, not {mine}")
         rounds, weights = len(v) if rounds is None else rounds, weights or [1.0] * len(v)
         require(0 <= rounds <= min(len(v), self.config.rounds) and len(weights) == len(v),
-                f"{path} has {len(v)} rounds, not {rounds}, and takes as many weights, not {len(weights)}")
+                f"{path} has {len(v)} rounds: {rounds} of them and {len(weights)} weights do not fit")
         k = min(self.k, fingerprint.shape[1])
         require(v.shape[1:] == (self.groups, self.config.u) and v.isfinite().all(), f"{path}: v is damaged")
         require(torch.allclose(self.fingerprint[:, :k], fingerprint[:, :k], rtol=0, atol=1e-2),
@@ -381,7 +382,8 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
     data = hashlib.sha256(to_json([list(task.train), task.tests]).encode()).hexdigest()[:16]
-    settings = claim(out, {**dataclasses.asdict(config), **(settings or {}), "data": data})
+    trainer = vars(task.config) if dataclasses.is_dataclass(getattr(task, "config", None)) else {}
+    settings = claim(out, {**vars(config), **trainer, **(settings or {}), "data": data})
     records = resume(out, booster)
     replace(out / "config.json", lambda new: new.write_text(to_json(settings)))
     while not records or (len(records) <= config.rounds and records[-1]["failures"]):
@@ -425,6 +427,7 @@ def sampled(items: Sequence[Any], count: int, *key: Any) -> list[Any]:
 def failures(task: Any, examples: Sequence[Any], looked: Sequence[int]) -> tuple[list[int], Record]:
     """Which of those looked at are wrong, and metrics: of one process, as a grader may use a clock."""
     right, metrics = gather(task.evaluate([examples[i] for i in looked]))[0]
+    require(len(right) == len(looked), f"evaluate gave {len(right)} labels for {len(looked)} examples")
     return [i for i, ok in zip(looked, right, strict=True) if not ok], metrics
 
 def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: int) -> Record:
@@ -627,10 +630,10 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     (-(torch.tensor(weights, device=model.device) * trained).sum()).backward()
     return float((trained.detach() - sampled).abs().sum())
 
-def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade, v: Trained,
+def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Reward, v: Trained,
          config: GRPOConfig, round: int = 0, seed: int = 0) -> Record:
     """Train v (an adapter's, or a list of parameters) for one round: ceil(epochs x prompts / config.prompts)
-    times sample, reward, advantages, one Adam step. reward(indices into prompts, texts) -> a number for each.
+    times sample, reward, advantages, one Adam step.
     Of what it returns, flat_groups had no variance; logprob_gap: mean |log pi in training - in sampling|."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
@@ -671,7 +674,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Grade
         descend(optimizer, config.max_grad_norm, tokens)
     gap = sum(gather(gap)) / max(trained, 1)
     require(not gap >= 1, "training saw another policy: the model changes its logits after its head")
-    note = {} if steps else {"note": "nothing could be learned: in no group did the rewards differ"}
+    note = {} if steps else {"note": "nothing could be learned: in no group did the rewards differ; try more "
+                                     "--max_new_tokens, if answers were cut off, or a larger --group_size"}
     return {"steps": steps, "completions": len(every), "flat_groups": flat, "logprob_gap": gap,
             "reward": sum(every) / len(every), "seconds": {"generate": generating}, **note}
 
@@ -773,6 +777,7 @@ def claim(out: File, settings: Record) -> Record:
         there = load(lambda path: dict(json.loads(path.read_text())), path, advice="choose another --out")
     require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
     versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
+    # A script claims the folder twice: before its data is read, and in `boost`, with it.
     here = {"data": there.get("data"), **json.loads(to_json(settings)), "versions": versions}
     free = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}  # may change
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
@@ -792,6 +797,7 @@ def resume(out: Path, learner: Any) -> list[Record]:
     require(records or not [*out.glob("*.safetensors")], f"{path} is missing: choose another --out")
     if done > 0:
         learner.resume(out / "adapters.safetensors", rounds=done)
+    if records:
         say(f"{out} has {done} of {rounds} rounds")
     gather(None)  # all processes have read the state before the first one changes it
     return records
@@ -947,7 +953,7 @@ def read_rows(path: File, hub: str, split: str, fields: Sequence[str]) -> list[R
     def read(path: File) -> list[Any]:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             return json.loads("[" + ",\n".join(map(str.rstrip, file)) + "]")  # an error's line is the file's
-    rows = load(read, path, advice="mend or delete that line: one JSON object a line, in UTF-8")
+    rows = load(read, path, advice="it takes one JSON object a line, in UTF-8")
     require(rows, f"{path}: the file is empty")
     for number, row in enumerate(rows, 1):
         missing = ", ".join(sorted(set(fields).difference(row if isinstance(row, dict) else ())))

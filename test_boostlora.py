@@ -276,7 +276,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     assert len(whole) < 20_000
     for model, options, message in [
             (qwen(seed=1), {}, "another base model"), (qwen(bf16), {}, "another --dtype"),
-            (qwen(), {"rounds": 4}, "3 rounds, not 4"), (qwen(), {"weights": [1.0]}, "as many weights")]:
+            (qwen(), {"rounds": 4}, "3 rounds: 4 of"), (qwen(), {"weights": [1.0]}, "3 .* 1 weights")]:
         with refused(message):
             Booster.load(model, path, **options)
     with refused("seed=0.*not .*seed=1"):
@@ -615,7 +615,7 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
             ("adapters.safetensors", None, "missing"), ("rounds.jsonl", None, "missing"),
             ("config.json", None, "missing"), ("config.json", lambda old: b"5", "could not be loaded"),
             ("adapters.safetensors", lambda old: old[:-7], "damaged"),
-            ("rounds.jsonl", lambda old: old[:-30], "line 5 .*delete that line"),
+            ("rounds.jsonl", lambda old: old[:-30], "line 5 .*one JSON object a line"),
             ("rounds.jsonl", lambda old: old.replace(b'"round": 1', b'"round": 3'), "line 2 is damaged")]:
         path = tmp_path / name
         whole = path.read_bytes()
@@ -756,7 +756,6 @@ def test_the_loop_boosts_another_weak_learner(tmp_path):
 def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path):
     def grade(texts, examples):  # rewarded by degrees: right from three on
         return [text.count("+") / 3 for text in texts]
-
     model, tokenizer = talker
     config = GRPOConfig(epochs=2, prompts=4, group_size=4, max_new_tokens=12, lr=0.1)
     data = [f"has {n}, buys {n}?" for n in range(2, 9)]
@@ -766,7 +765,9 @@ def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path):
     texts = [c.text for c in generate(model, tokenizer, data, max_new_tokens=12)]
     assert records[-1]["failed"] == [i for i, text in enumerate(texts) if text.count("+") < 3]
     assert records[-1]["train_lenient_accuracy"] == sum("####" in text for text in texts) / 7
-    assert records[1]["completions"] == 4 * 4 * 4
+    task.config.lr = 0.2
+    with refused("lr 0.1 there, 0.2 here"):
+        boost(Booster(model, BoostConfig(rounds=2, groups=0, u=4)), task, tmp_path)
     assert records[-1]["failures"] < records[0]["failures"] == 7
     assert (tmp_path / "model" / "tokenizer.json").exists()
     tokenizer.chat_template = "{{ messages[0]['role'] }}: {{ messages[0]['content'] }}" \
