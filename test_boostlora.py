@@ -1032,11 +1032,11 @@ VALUES = [  # code, tests, verdict: the tests see what they would see without a 
     ("def f(x): return 'x' * 10**8", "f(1)", False)]
 
 def alive(folder):
-    """The judges and candidates with temporary folders in `folder`: a pair has one command line."""
+    """The judges and candidates with temporary folders in `folder` (not `rm`): a pair has one command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if f"{folder}/sandbox-".encode() in path.read_bytes():
+            if f"{folder}/sandbox-".encode() in path.read_bytes().partition(b"PASSED")[2]:
                 found.append(int(path.parent.name))
     return sorted(found)
 
