@@ -22,7 +22,6 @@ The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) wh
                   a round that learned nothing, or was taken back, keeps its slice, with v_t = 0     (ours)
     return W_T: an ordinary model; the rank of the sum is r T                                       (paper)
 """
-import argparse
 import dataclasses
 import gzip
 import hashlib
@@ -82,7 +81,7 @@ class BoostConfig(Settings):
     groups: int = setting(12, "groups of modules, in depth order, that share a vector; 0: one per module")
     basis: Literal["rotate", "top", "top-decayed"] = setting(
         "rotate", "rotate: a fresh slice each round; top: the first; top-decayed: that, scaled as rotate's")
-    replay: float = setting(0.0, "right examples beside each failure; 0: failures only (the paper); -1: all")
+    replay: float = setting(0.0, "right examples beside each failure; 0: failures only (paper); -1: all")
     recheck: float = setting(1.0, "share of the right examples that a round evaluates again (the paper: 1)")
     accept: Literal["all", "better"] = setting(
         "all", "better: a round that leaves more failures than before is taken back; all: the paper")
@@ -92,7 +91,7 @@ class BoostConfig(Settings):
 class GRPOConfig(Settings):
     """GRPO on fresh completions."""
     epochs: float = setting(1.0, "passes over the round's examples: fewer failures, fewer steps")
-    prompts: int = setting(16, "prompts per optimiser step; with fewer failures than this, a step takes all")
+    prompts: int = setting(16, "prompts per optimiser step; with fewer failures, a step takes all")
     group_size: int = setting(8, "completions per prompt: failures are hard, 4 would often all be wrong")
     max_new_tokens: int = setting(512, "tokens per completion: enough for GSM8K; MATH-500 needs 2048")
     temperature: float = setting(1.0, "of sampling; 1: the policy itself")
@@ -200,10 +199,10 @@ class Booster:
         targets, k = find_targets(model), config.rank * (1 if config.basis == "top" else config.rounds)
         require(config.groups <= len(targets), f"--groups {config.groups}: there are {len(targets)} targets")
         for name, linear in targets.items():
-            kind, shape = linear.weight.dtype, list(linear.weight.shape)
+            kind, most = linear.weight.dtype, min(linear.weight.shape)
             require(kind.is_floating_point, f"{name} has {kind} weights: load the model unquantised")
             need = f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets"
-            require(k <= min(shape), f"{need}, but {name} {shape} has {min(shape)}: lower one of them")
+            require(k <= most, f"{need}, but {name} has {most}: lower one of them")
         return k
 
     @staticmethod
@@ -317,16 +316,15 @@ class Booster:
     @staticmethod
     def read(path: File) -> tuple[BoostConfig, Tensor, Tensor, str]:
         """A file's configuration, v, fingerprint of the basis, checksum of the base."""
-        def parts(path: File) -> tuple:
-            with safetensors.safe_open(path, "pt") as f:
-                about = json.loads(f.metadata()["boostlora"])
-                return BoostConfig(**about["config"]), f.get_tensor("v"), f.get_tensor("basis"), about["base"]
-        return load(parts, path, advice="it is missing, damaged, or not a BoostLoRA file")
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["boostlora"])
+            config = BoostConfig(**about["config"])
+            return config, file.get_tensor("v"), file.get_tensor("basis"), about["base"]
 
-    def resume(self, path: File, rounds: int | None = None, weights: list[float] | None = None) -> None:
+    def resume(self, path: File, rounds: int | None = None, weights: list[float] | None = None) -> "Booster":
         """Take over a file's vectors (the first `rounds`; each scaled by weights[t], as R is linear in v) and
         write the weights. InputError for a damaged file or another base model, configuration or basis."""
-        theirs, v, fingerprint, base = self.read(path)
+        theirs, v, fingerprint, base = load(self.read, path)
         require(base == self.checksum, f"{path} is of another base model, or of another --dtype")
         mine = dataclasses.replace(self.config, rounds=theirs.rounds)
         require(theirs == mine, f"{path} is of {theirs}, not {mine}")
@@ -339,15 +337,14 @@ class Booster:
                 f"{path}: this machine finds another singular basis; use the LoRA that --export_lora writes")
         self.vectors = [v[t] * weights[t] for t in range(rounds)]
         self.write()
+        return self
 
     @classmethod
     def load(cls, model: nn.Module, path: File, rounds: int | None = None,
              weights: list[float] | None = None) -> "Booster":
         """The fine-tuned model from the base model and the file, as `resume`: the same bits on the same
         machine and library versions."""
-        booster = cls(model, cls.read(path)[0])
-        booster.resume(path, rounds, weights)
-        return booster
+        return cls(model, load(cls.read, path)[0]).resume(path, rounds, weights)
 
     def export_lora(self, folder: File) -> None:
         """The exact fp32 sum as one LoRA in PEFT's format: B = U C [out, k], A = V^T [k, in], alpha = k."""
@@ -388,17 +385,17 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
     replace(out / "config.json", lambda new: new.write_text(to_json(settings)))
     while not records or (len(records) <= config.rounds and records[-1]["failures"]):
         t = len(records) - 1  # the round that is trained now; -1: the base model is evaluated
-        stats, seconds, clock = {}, {"generate": 0.0, "train": 0.0, "merge": 0.0}, time.perf_counter
+        stats, clock = {}, time.perf_counter
+        start = trained = merged = clock()
         if t >= 0:
-            v, start = booster.attach(), clock()
+            v = booster.attach()
             stats = task.fit(select(task.train, records[-1]["failed"], config, t), v, t)
-            seconds |= stats.pop("seconds", {})
             trained = clock()
             booster.merge()
-            seconds |= {"train": trained - start - seconds["generate"], "merge": clock() - trained}
-        start = clock()
+            merged = clock()
         found = measure(booster, task, records, t, test_every)
-        seconds["evaluate"] = clock() - start
+        seconds = {"evaluate": clock() - merged, "generate": 0.0, **stats.pop("seconds", {})}
+        seconds |= {"train": trained - start - seconds["generate"], "merge": merged - trained}
         records.append({**stats, **booster.summary(), **found, "seconds": seconds})
         if t >= 0:
             booster.save(out / "adapters.safetensors")
@@ -467,16 +464,16 @@ def estimate(task: Any, config: BoostConfig, each: float, failed: int, first: bo
 
 def describe(r: Record, rounds: int) -> str:
     """The line of a round."""
-    text = f"round {r['round']:2d}/{rounds}  failures {r['failures']:4d}"
-    text += f" ({r['fixed']:3d} fixed, {r['regressed']:3d} regressed)"
-    text += "".join(f"  {key.removesuffix('_accuracy').replace('_', ' ')} {100 * value:.1f} %"
-                    for key, value in r.items() if key.endswith("_accuracy"))
-    text += "".join(f"  {name} {r[name]:.2f}" for name in ("norm", "fidelity") if name in r)
-    text += f"  rank {r['rank']['max']}" if "rank" in r else ""
-    text += f"  {timedelta(seconds=round(sum(r['seconds'].values())))}"
-    if r.get("fidelity", 1) < 0.5:
-        text += "\n          rounding the weights loses more than half of the update: try --dtype float32"
-    return text + (f"\n          {r['note']}" if "note" in r else "")
+    changed = f"({r['fixed']:3d} fixed, {r['regressed']:3d} regressed)"
+    parts = [f"round {r['round']:2d}/{rounds}", f"failures {r['failures']:4d} {changed}"]
+    parts += [f"{name.removesuffix('_accuracy').replace('_', ' ')} {100 * value:.1f} %"
+              for name, value in r.items() if name.endswith("_accuracy")]
+    parts += [f"{name} {r[name]:.2f}" for name in ("norm", "fidelity") if name in r]
+    parts += [f"rank {r['rank']['max']}"] if "rank" in r else []
+    parts += [f"{timedelta(seconds=round(sum(r['seconds'].values())))}"]
+    lost = "rounding the weights loses more than half of the update: try --dtype float32"
+    lines = ["  ".join(parts), r.get("fidelity", 1) < 0.5 and lost, r.get("note")]
+    return "\n          ".join(filter(None, lines))
 
 # Generation -------------------------------------------------------------------------------------------------
 # argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO.
@@ -500,11 +497,10 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
     uniforms = torch.rand(len(ids) * n, max_new_tokens, generator=generator("sample", seed))
     queue = sorted(range(len(ids))[process()::processes()], key=lambda i: -len(ids[i]))  # the longest first
-    batches, rows = [], []  # rows: (number, tokens, log-probabilities)
+    rows = []  # (number, tokens, log-probabilities)
     while queue:
         size = batch_size(model, [len(ids[i]) for i in queue], n, max_new_tokens)
-        batches, queue = [*batches, queue[:size]], queue[size:]
-    for batch in batches:
+        batch, queue = queue[:size], queue[size:]
         numbers = [i * n + j for i in batch for j in range(n)]
         draws = uniforms[numbers].to(model.device)
         done = decode(model, [ids[i] for i in batch], n, temperature, max_new_tokens, stops, draws, label)
@@ -574,8 +570,7 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
             alive, token, mask, positions, ended = (x[keep] for x in (alive, token, mask, positions, ended))
             cache.batch_select_indices(keep)
     require(cache.get_seq_length() == seen, f"{type(model).__name__} does not use its cache")
-    if not logprobs.isfinite().all():
-        raise FloatingPointError("the output is not finite: in a new --out, lower --lr or --dtype float32")
+    require(logprobs.isfinite().all(), "output is not finite: in a new --out, lower --lr or --dtype float32")
     ends = (torch.isin(tokens, stops).int().cummax(-1).values == 0).sum(-1) + 1
     rows = zip(tokens.tolist(), logprobs.tolist(), ends.tolist(), strict=True)
     return [(t[:end], p[:end]) for t, p, end in rows]
@@ -597,20 +592,18 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
 def completion_states(model: nn.Module, prompt: list[int], completions: Sequence[Completion]) -> Tensor:
     """The states [tokens, d] that predict the completions' tokens, from one sequence: the prompt, then its
     completions side by side, each seeing the prompt and itself."""
-    ids, owner, position, above = [*prompt], [0] * len(prompt), [*range(len(prompt))], []
-    for j, completion in enumerate(completions, 1):
-        length = len(completion.tokens)
-        above += [len(prompt) - 1, *range(len(ids), len(ids) + length - 1)]  # where each token is predicted
-        ids, owner = ids + completion.tokens, owner + [j] * length
-        position += range(len(prompt), len(prompt) + length)
+    ids = prompt + [token for c in completions for token in c.tokens]
+    owner = [0] * len(prompt) + [j for j, c in enumerate(completions, 1) for _ in c.tokens]
+    position = [*range(len(prompt)), *(len(prompt) + k for c in completions for k in range(len(c.tokens)))]
+    # A token is predicted at the one before it; a completion's first one, at the prompt's last.
+    above = [i - 1 if position[i] > len(prompt) else len(prompt) - 1 for i in range(len(prompt), len(ids))]
+    ids, owner, position = (torch.tensor([x], device=model.device) for x in (ids, owner, position))
     options = {}
     if len(completions) > 1:  # else the model's own causal mask does
-        owner = torch.tensor(owner, device=model.device)
-        sees = ((owner == 0) | (owner == owner[:, None])).tril()  # [position, position]
+        sees = ((owner == 0) | (owner == owner.T)).tril()  # [position, position]
         mask = torch.zeros(1, 1, *sees.shape, dtype=model.dtype, device=model.device)
-        options = {"attention_mask": mask.masked_fill_(~sees, torch.finfo(model.dtype).min),
-                   "position_ids": torch.tensor([position], device=model.device)}
-    ids = torch.tensor([ids], device=model.device)
+        mask.masked_fill_(~sees, torch.finfo(model.dtype).min)
+        options = {"attention_mask": mask, "position_ids": position}
     return model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, above]
 
 def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
@@ -637,16 +630,16 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Rewar
     Of what it returns, flat_groups had no variance; logprob_gap: mean |log pi in training - in sampling|."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    shuffle, queue, every = generator(seed, "order", round), [], []
-    n, size = config.group_size, min(config.prompts, len(ids))
+    shuffle, every, n = generator(seed, "order", round), [], config.group_size
+    size, passes = min(config.prompts, len(ids)), range(math.ceil(config.epochs) + 1)
+    order = [i for _ in passes for i in torch.randperm(len(ids), generator=shuffle).tolist()]
     about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
     masks = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
     steps = flat = trained = 0
     gap = generating = 0.0
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), f"round {round + 1}"):
         start = time.perf_counter()
-        queue += torch.randperm(len(ids), generator=shuffle).tolist() if len(queue) < size else []
-        chosen, queue = queue[:size], queue[size:]
+        chosen = order[step * size:(step + 1) * size]
         done = generate(model, tokenizer, [prompts[i] for i in chosen], n, config.temperature,
                         config.max_new_tokens, (seed, round, step), label="sample")
         owners, texts = [i for i in chosen for _ in range(n)], [completion.text for completion in done]
@@ -688,8 +681,8 @@ def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float
         if processes() > 1:
             dist.all_reduce(p.grad)
         p.grad /= total
-    if not nn.utils.clip_grad_norm_(parameters, max_grad_norm).isfinite():
-        raise FloatingPointError("the gradient is not finite: in a new --out, lower --lr or --dtype float32")
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    require(norm.isfinite(), "the gradient is not finite: in a new --out, lower --lr or --dtype float32")
     optimizer.step()
 
 # Cross-entropy, for a classifier ----------------------------------------------------------------------------
@@ -814,17 +807,15 @@ class FullFineTuning:
         self.model.requires_grad_(False)
         self.done += 1
 
-    def save(self, path: Path) -> None:  # those of the round before stay, until the record has this one
-        weights = {**dict(self.model.named_parameters()), "rounds done": torch.tensor(self.done)}
-        path = path.with_name(f"weights-{self.done % 2}.safetensors")
-        replace(path, lambda new: safetensors.torch.save_file(weights, new))
+    def save(self, path: Path) -> None:  # the round before's stays, until the record has this one
+        file, past = (path.with_name(f"weights-{t}.safetensors") for t in (self.done, self.done - 2))
+        replace(file, lambda new: safetensors.torch.save_file(dict(self.model.named_parameters()), new))
+        past.unlink(missing_ok=True)
 
     def resume(self, path: Path, rounds: int) -> None:
-        path = path.with_name(f"weights-{rounds % 2}.safetensors")
-        weights = load(safetensors.torch.load_file, path, advice="choose another --out")
-        self.done = int(weights.pop("rounds done", -1))
-        require(self.done == rounds, f"{path} is of round {self.done}, not {rounds}: choose another --out")
+        weights = load(safetensors.torch.load_file, path.with_name(f"weights-{rounds}.safetensors"))
         self.model.load_state_dict(weights, strict=False)
+        self.done = rounds
 
     def summary(self) -> Record:
         return {}
@@ -860,8 +851,7 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
     """The flags, as one instance of each dataclass. --demo changes defaults, not what the user says, and uses
     one CPU thread: a toy's matrices are too small to share, and the bits would follow the number of cores."""
     from transformers import HfArgumentParser
-    Help = type("Help", (argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter), {})
-    parser = HfArgumentParser(kinds, description=description, formatter_class=Help, allow_abbrev=False,
+    parser = HfArgumentParser(kinds, description=description.split("\n\n")[0], allow_abbrev=False,
                               usage="%(prog)s [flags]    (--help explains them)")
     parser.set_defaults(**defaults)
     if parser.parse_args().demo:
@@ -877,15 +867,14 @@ def run(main: Callable[[], None]) -> None:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
         return main()
-    except (InputError, FloatingPointError, torch.OutOfMemoryError, OSError,
-            safetensors.SafetensorError) as error:
+    except (InputError, torch.OutOfMemoryError, OSError, safetensors.SafetensorError) as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         code, message = 130, "\nstopped: the same command goes on after the last finished round, if any"
     print(message, file=sys.stderr, flush=True)
     os._exit(code) if dist.is_initialized() else sys.exit(code)  # an orderly end would wait for the others
 
-def load(f: Callable[..., Any], *args: Any, advice: str, **options: Any) -> Any:
+def load(f: Callable, *args: Any, advice: str = "it is missing, damaged or foreign", **options: Any) -> Any:
     """f(*args), a model on this process's device, where a library's error becomes one sentence."""
     try:
         loaded = f(*args, **options)

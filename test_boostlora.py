@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_before_the_basis(monkeypatch):
     linear = find_targets(whole := qwen())["model.layers.1.mlp.up_proj"]
     linear.weight = nn.Parameter(torch.eye(32).char(), requires_grad=False)
     for model, config, message in [
-            (qwen(), {"rank": 3, "rounds": 6}, "needs 18 singular .*layers.0.self_attn.k_proj .* has 16"),
+            (qwen(), {"rank": 3, "rounds": 6}, "needs 18 singular .*layers.0.self_attn.k_proj has 16"),
             (qwen(), {"rank": 1, "groups": 999}, "--groups 999.*14 target"), (whole, {}, "int8.*unquantised"),
             (qwen(), {"basis": "top", "rank": 17}, "--rank 17")]:
         with refused(message):
@@ -282,7 +282,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
     booster.vectors[1][0, 0] = math.nan
     booster.save(path)
     for content, message in [(path.read_bytes(), "v is damaged"), (whole[:-10], "damaged"), (b"", "damaged"),
-                             (whole.replace(b"boostlora", b"postflora"), "not a BoostLoRA file")]:
+                             (whole.replace(b"boostlora", b"postflora"), "foreign")]:
         path.write_bytes(content)
         with refused(message):
             Booster.load(qwen(), path)
@@ -484,14 +484,14 @@ def test_a_wrong_reward_gradient_policy_or_model_stops_the_round(talker):
     for reward in (lambda _, texts: [math.nan] * len(texts), lambda _, texts: [1.0]):
         with refused("finite number for each"):
             grpo(*talker, QUESTIONS, reward, v, SHORT)
-    with v.register_hook(lambda grad: grad * math.nan), refused("--lr", FloatingPointError):
+    with v.register_hook(lambda grad: grad * math.nan), refused("--lr"):
         grpo(*talker, QUESTIONS, parity, v, SHORT)
     assert not v.any()
     model.register_forward_hook(lambda m, x, out: [out.logits.mul_(-4), out][1])  # as soft-capping does
     with refused("another policy"):
         grpo(*talker, QUESTIONS, parity, v, SHORT)
     model.lm_head.weight.data.fill_(math.nan)
-    with refused("float32", FloatingPointError):
+    with refused("float32"):
         generate(*talker, QUESTIONS, max_new_tokens=2)
 
 def test_cross_entropy_lowers_the_loss_and_moves_v_alone():
@@ -507,7 +507,7 @@ def test_cross_entropy_lowers_the_loss_and_moves_v_alone():
     assert v.any() and same_bits(before, bits(model))
     with refused("no batch"):
         cross_entropy(model, lambda: iter([]), v, CEConfig())
-    with v.register_hook(lambda grad: grad * math.nan), refused("--lr", FloatingPointError):
+    with v.register_hook(lambda grad: grad * math.nan), refused("--lr"):
         cross_entropy(model, lambda: iter([batch]), v, CEConfig())
 
 # The loop and the run folder --------------------------------------------------------------------------------
@@ -606,7 +606,7 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
     check("seed 0 there, 1 here", config=dataclasses.replace(CONFIG, seed=1))
     check("lr 1 there, None here.*top_p None there, 1 here", settings={"top_p": 1})
     check("another base model", learner=lambda _, config: Booster(esm(bf16), config))
-    check("weights-0.safetensors could not be loaded", learner=FullFineTuning)
+    check("weights-4.safetensors could not be loaded", learner=FullFineTuning)
     run_words(tmp_path, settings={"lr": 1, "workers": 9, "micro_batch_tokens": 9})  # these change no result
     for name, change, message in [
             ("adapters.safetensors", None, "missing"), ("rounds.jsonl", None, "missing"),
