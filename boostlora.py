@@ -116,7 +116,6 @@ def generator(*key: Any) -> torch.Generator:
 # Basis ------------------------------------------------------------------------------------------------------
 # W_0 = U Sigma V^T, of which the leading k = r T triplets are kept.
 
-@torch.no_grad()
 def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor, ...]:
     """The k leading singular triplets of weight [out, in]: U [out, k], S [k], V [in, k], fp32, on its device;
     of each u_i the entry largest in magnitude is positive. They come from the smaller Gram matrix, in fp64,
@@ -191,7 +190,7 @@ class Booster:
         # Another machine's linear algebra that flips or mixes near-equal singular vectors changes these sums.
         self.fingerprint = sum(torch.stack([U.sum(0), V.sum(0)]).cpu() for U, _, V in self.basis.values())
         self.vectors: list[Tensor] = []  # v of each finished round, fp32 [groups, u], on the CPU
-        self.v, self.hooks = None, []
+        self.v, self.hooks, self.kept, self.total = None, [], 0.0, 0.0
 
     @staticmethod
     def check_fit(model: nn.Module, config: BoostConfig) -> int:
@@ -259,13 +258,14 @@ class Booster:
             v.zero_()
         self.write()
 
-    @torch.no_grad()
     def write(self) -> None:
-        """weight <- round(W_0 + delta), in place, for every target."""
-        learned = any(v.any() for v in self.vectors)
+        """weight <- round(W_0 + delta), in place, for every target; and how much of delta that keeps."""
+        learned, self.kept, self.total = any(v.any() for v in self.vectors), 0.0, 0.0
         for name, linear in self.targets.items():
-            W0 = self.base[name].to(linear.weight.device)
-            linear.weight.copy_(W0.float() + self.delta(name) if learned else W0)  # -0.0 + 0 has other bits
+            W0, delta = self.base[name].to(linear.weight.device), self.delta(name)
+            linear.weight.copy_(W0.float() + delta if learned else W0)  # -0.0 + 0 has other bits
+            self.kept += float(((linear.weight.float() - W0.float()) * delta).sum())
+            self.total += float(delta.square().sum())
 
     def core(self, name: str, rounds: Iterable[int] | None = None) -> Tensor:
         """C [k, k], on the CPU, with delta = U C V^T: the blocks S_t R_t along its diagonal (top: all in one
@@ -277,7 +277,6 @@ class Booster:
             C[columns, columns] += S[values, None] * R
         return C
 
-    @torch.no_grad()
     def delta(self, name: str) -> Tensor:
         """The exact sum of the finished rounds for a target, fp32 [out, in]."""
         U, _, V = self.basis[name]
@@ -285,18 +284,12 @@ class Booster:
 
     def rank(self, eps: float = 1e-6) -> dict[str, int]:
         """Per target, how many singular values of delta (not of W_T - W_0, rounded) exceed eps x the top."""
-        values = {name: torch.linalg.svdvals(self.core(name).double()) for name in self.targets}
-        return {name: int((s > eps * s[0]).sum()) if s.any() else 0 for name, s in values.items()}
+        cores = {name: self.core(name).double() for name in self.targets}
+        return {name: int(torch.linalg.matrix_rank(C, rtol=eps)) for name, C in cores.items()}
 
-    @torch.no_grad()
     def fidelity(self) -> float:
-        """<W_T - W_0, dW> / |dW|^2 over all targets: the share of the update that survives rounding."""
-        kept = total = 0.0
-        for name, linear in self.targets.items():
-            delta = self.delta(name)
-            kept += float(((linear.weight.float() - self.base[name].to(delta.device).float()) * delta).sum())
-            total += float(delta.square().sum())
-        return kept / total if total else 1.0
+        """<W_T - W_0, dW> / |dW|^2 over all targets: the share of the update that survived rounding."""
+        return self.kept / self.total if self.total else 1.0
 
     def summary(self) -> Record:
         """For the record: norm of the last round's update, all targets; of the sum, norm, rank, fidelity."""
