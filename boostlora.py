@@ -33,6 +33,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -163,12 +164,11 @@ class TinyLoRA(nn.Module):
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
-    blocks are the longest outermost nn.ModuleList, of the language model where there are others."""
+    blocks are the nn.ModuleList with the most modules, of the language model where there are others."""
     text = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in text}
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    require(outer, f"{type(model).__name__} has no nn.ModuleList of transformer blocks")
-    prefix = max(outer, key=lambda name: len(lists[name]))
+    require(lists, f"{type(model).__name__} has no nn.ModuleList of transformer blocks")
+    prefix = max(lists, key=lambda name: len([*lists[name].modules()]))
     inside = dict(lists[prefix].named_modules())
     kinds = ", ".join(sorted({type(m).__name__ for m in inside.values() if hasattr(m, "weight")}))
     targets = {f"{prefix}.{name}": m for name, m in inside.items() if isinstance(m, nn.Linear)}
@@ -190,7 +190,7 @@ class Booster:
         # Another machine's linear algebra that flips or mixes near-equal singular vectors changes these sums.
         self.fingerprint = sum(torch.stack([U.sum(0), V.sum(0)]).cpu() for U, _, V in self.basis.values())
         self.vectors: list[Tensor] = []  # v of each finished round, fp32 [groups, u], on the CPU
-        self.v, self.hooks, self.kept, self.total = None, [], 0.0, 0.0
+        self.v, self.hooks, self.kept, self.total = None, ExitStack(), 0.0, 0.0
 
     @staticmethod
     def check_fit(model: nn.Module, config: BoostConfig) -> int:
@@ -227,7 +227,7 @@ class Booster:
 
     def attach(self) -> nn.Parameter:
         """v of a fresh adapter for the next round, active in the forward; one not merged is dropped."""
-        self.detach()
+        self.hooks.close()
         t, device = len(self.vectors), next(iter(self.targets.values())).weight.device
         require(t < self.config.rounds, f"attach: all {t} rounds are done")
         self.v = nn.Parameter(torch.zeros(self.groups, self.config.u, device=device))
@@ -236,19 +236,16 @@ class Booster:
             U, S, V = self.basis[name]
             adapter = TinyLoRA(U[:, columns], S[values], V[:, columns], self.P(name, t).to(device), self.v,
                                self.group_of[name], linear.weight.dtype)
-            self.hooks.append(linear.register_forward_hook(
+            self.hooks.enter_context(linear.register_forward_hook(
                 lambda _, inputs, out, adapter=adapter: out + adapter(inputs[0])))
         return self.v
 
-    def detach(self) -> None:
-        while self.hooks:
-            self.hooks.pop().remove()
-
     def merge(self) -> None:
         """Detach the adapter, keep its v, write the weights."""
-        require(self.hooks, "merge: no adapter is attached")
-        self.detach()
+        require(self.v is not None, "merge: no adapter is attached")
+        self.hooks.close()
         self.vectors.append(self.v.detach().cpu())
+        self.v = None
         self.write()
 
     def rollback(self, n: int = 1) -> None:
