@@ -175,15 +175,34 @@ def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     require(targets, f"{type(model).__name__}: '{prefix}' holds no nn.Linear, only {kinds}")
     return targets
 
+def check_fit(model: nn.Module, config: BoostConfig) -> int:
+    """How many triplets k are used, if every target has as many."""
+    targets, k = find_targets(model), config.rank * (1 if config.basis == "top" else config.rounds)
+    require(config.groups <= len(targets), f"--groups {config.groups}: there are {len(targets)} targets")
+    for name, linear in targets.items():
+        kind, most = linear.weight.dtype, min(linear.weight.shape)
+        require(kind.is_floating_point, f"{name} has {kind} weights: load the model unquantised")
+        need = f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets"
+        require(k <= most, f"{need}, but {name} has {most}: lower one of them")
+    return k
+
+def checksum(model: nn.Module) -> str:
+    """SHA-256 of names and bits of the backbone's parameters (a task may train a head on it)."""
+    digest = hashlib.sha256()
+    for name, p in getattr(model, "base_model", model).named_parameters():
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
 class Booster:
     """W_0 of the targets, their basis, and v of every round; keeps the weights of the model, all of it
     frozen, equal to the formula above. Raises InputError where model and configuration do not fit."""
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.targets = model.requires_grad_(False), config, find_targets(model)
-        self.k = self.check_fit(model, config)  # triplets used of each target
+        self.k = check_fit(model, config)  # triplets used of each target
         self.groups = config.groups or len(self.targets)
         self.group_of = {name: i * self.groups // len(self.targets) for i, name in enumerate(self.targets)}
-        self.checksum = self.digest(model)
+        self.checksum = checksum(model)
         self.base = {name: m.weight.detach().to("cpu", copy=True) for name, m in self.targets.items()}
         self.basis = {name: svd_basis(linear.weight, self.k, name)  # U [out, k], S [k], V [in, k]
                       for name, linear in progress(self.targets.items(), "basis")}
@@ -191,27 +210,6 @@ class Booster:
         self.fingerprint = sum(torch.stack([U.sum(0), V.sum(0)]).cpu() for U, _, V in self.basis.values())
         self.vectors: list[Tensor] = []  # v of each finished round, fp32 [groups, u], on the CPU
         self.v, self.hooks, self.kept, self.total = None, ExitStack(), 0.0, 0.0
-
-    @staticmethod
-    def check_fit(model: nn.Module, config: BoostConfig) -> int:
-        """How many triplets k are used, if every target has as many."""
-        targets, k = find_targets(model), config.rank * (1 if config.basis == "top" else config.rounds)
-        require(config.groups <= len(targets), f"--groups {config.groups}: there are {len(targets)} targets")
-        for name, linear in targets.items():
-            kind, most = linear.weight.dtype, min(linear.weight.shape)
-            require(kind.is_floating_point, f"{name} has {kind} weights: load the model unquantised")
-            need = f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets"
-            require(k <= most, f"{need}, but {name} has {most}: lower one of them")
-        return k
-
-    @staticmethod
-    def digest(model: nn.Module) -> str:
-        """SHA-256 of names and bits of the backbone's parameters (a task may train a head on it)."""
-        digest = hashlib.sha256()
-        for name, p in getattr(model, "base_model", model).named_parameters():
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
 
     def slices(self, t: int) -> tuple[slice, slice]:
         """Round t's columns of U and V, and its entries of S."""
@@ -885,7 +883,7 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
     tokenizer = load(AutoTokenizer.from_pretrained, args.model, advice=advice)
     require(tokenizer.chat_template, f"--model {args.model} has no chat template: use an instruct model")
     with torch.device("meta"):
-        Booster.check_fit(load(AutoModelForCausalLM.from_config, config, advice=advice), boosting)
+        check_fit(load(AutoModelForCausalLM.from_config, config, advice=advice), boosting)
     return load(AutoModelForCausalLM.from_pretrained, args.model, dtype=args.dtype, advice=advice), tokenizer
 
 class TextTask:

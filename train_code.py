@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from boostlora import (
-    BoostConfig, Booster, GRPOConfig, InputError, RunConfig, Settings, TextTask, claim, finish, parse,
+    BoostConfig, GRPOConfig, InputError, RunConfig, Settings, TextTask, check_fit, claim, finish, parse,
     load_language_model, on_first_process, pretrain, read_rows, replace, require, run, sampled, setting)
 
 MBPP, HUMANEVAL = "google-research-datasets/mbpp:full", "openai/openai_humaneval"
@@ -480,7 +480,7 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
         vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=240, tie_word_embeddings=True, pad_token_id=0,
         eos_token_id=1, max_position_embeddings=128, initializer_range=0.1))
-    Booster.check_fit(model, boosting)
+    check_fit(model, boosting)
     numbers = random.Random(boosting.seed)
     def batch() -> dict[str, torch.Tensor]:
         texts = ["{}\n{}<end>".format(*exercise(numbers, noisy=True)) for _ in range(128)]

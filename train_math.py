@@ -26,10 +26,10 @@ import torch
 
 from boostlora import (
     BoostConfig,
-    Booster,
     GRPOConfig,
     RunConfig,
     TextTask,
+    check_fit,
     claim,
     finish,
     load_language_model,
@@ -290,7 +290,7 @@ def make_demo(folder: Path, boosting: BoostConfig, wrongly: list[str], steps: in
         vocab_size=31, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=240, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
         max_position_embeddings=128, initializer_range=0.1))
-    Booster.check_fit(model, boosting)
+    check_fit(model, boosting)
     stories = random.Random(boosting.seed)
 
     def batch() -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, EsmForTokenClassification, EsmTokenizer, logging
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from boostlora import (BoostConfig, Booster, CEConfig, RunConfig, claim,  # isort: skip
+from boostlora import (BoostConfig, CEConfig, RunConfig, check_fit, checksum, claim,  # isort: skip
                        cross_entropy, finish, gather, generator, load, on_first_process, parse, pretrain,
                        process, processes, progress, replace, require, run, sampled, say)
 
@@ -224,13 +224,13 @@ class ProteinTask:
         y = torch.tensor([pair["label"] for pair in pairs])
         loss = float(F.binary_cross_entropy_with_logits(z.double(), y.double()))
         if pairs == self.train:
-            self.known = Booster.digest(self.model), loss
+            self.known = checksum(self.model), loss
         return ((z > 0) == (y == 1)).tolist(), {"f1": f1(z > 0, y), "auc": auc(z, y), "loss": loss}
 
     def fit(self, pairs: list[Pair], v: nn.Parameter | list[nn.Parameter], round: int) -> dict[str, Any]:
         order = generator(self.seed, "order", round)
         search = self.config.line_search and isinstance(v, nn.Parameter)  # not for all weights
-        if search and self.known[0] != Booster.digest(self.model):  # continued, taken back, or --recheck below 1
+        if search and self.known[0] != checksum(self.model):  # continued, taken back, or --recheck below 1
             self.evaluate(self.train)
         stats = cross_entropy(self.model, lambda: (
             self.collate(pairs, batch) for batch in self.batches(pairs, order)), v, self.config, round)
@@ -241,7 +241,7 @@ class ProteinTask:
 
     def probe(self, folder: Path) -> None:
         """Phase 1. The head is kept in the folder: computed again on a GPU, its last bits may differ."""
-        path = folder / f"head-{generator(Booster.digest(self.model), self.train).initial_seed()}.pt"  # of both
+        path = folder / f"head-{generator(checksum(self.model), self.train).initial_seed()}.pt"  # of both
         if not on_first_process(path.exists):
             features = self.apply(self.train, lambda output: output.hidden_states, "features")
             head = fit_probe(features, torch.tensor([pair["label"] for pair in self.train]))
@@ -255,7 +255,7 @@ def load_esm(args: RunConfig, boosting: BoostConfig) -> tuple[PairClassifier, Es
     require(config.model_type == "esm", f"--model {args.model} is {config.model_type}: use an ESM2 model")
     tokenizer = load(EsmTokenizer.from_pretrained, args.model, advice=advice)
     with torch.device("meta"):
-        Booster.check_fit(PairClassifier(config), boosting)
+        check_fit(PairClassifier(config), boosting)
     logging.set_verbosity_error()  # it would warn that the head is new
     options = {"config": config, "dtype": getattr(torch, args.dtype), "advice": advice}
     return load(PairClassifier.from_pretrained, args.model, **options), tokenizer
@@ -306,7 +306,7 @@ def make_demo(folder: Path, boosting: BoostConfig) -> None:
     model = EsmForMaskedLM(EsmConfig(vocab_size=33, pad_token_id=1, mask_token_id=32, num_hidden_layers=4,
         hidden_size=64, intermediate_size=128, num_attention_heads=2, max_position_embeddings=128,
         initializer_range=0.125, position_embedding_type="rotary", token_dropout=True)).eval()  # no dropout
-    Booster.check_fit(model, boosting)
+    check_fit(model, boosting)
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer, draw = EsmTokenizer(str(folder / "vocab.txt")), random.Random(boosting.seed)
