@@ -577,9 +577,11 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) < 1e-4
     return ((r - r.mean(1, keepdim=True)) / r.std(1, correction=0, keepdim=True)).masked_fill(flat, 0.0)
 
-def completion_states(model: nn.Module, prompt: list[int], completions: Sequence[Completion]) -> Tensor:
-    """The states [tokens, d] that predict the completions' tokens, from one sequence: the prompt, then its
-    completions side by side, each seeing the prompt and itself."""
+def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
+                    advantages: Sequence[float], temperature: float) -> float:
+    """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, then its completions side by side,
+    each seeing the prompt and itself. Returns the sum of |log pi here - log pi in sampling|. The head goes
+    chunk by chunk, so that all logits of a pass never exist at once."""
     ids = prompt + [token for c in completions for token in c.tokens]
     owner = [0] * len(prompt) + [j for j, c in enumerate(completions, 1) for _ in c.tokens]
     position = [*range(len(prompt)), *(len(prompt) + k for c in completions for k in range(len(c.tokens)))]
@@ -589,17 +591,10 @@ def completion_states(model: nn.Module, prompt: list[int], completions: Sequence
     options = {}
     if len(completions) > 1:  # else the model's own causal mask does
         sees = ((owner == 0) | (owner == owner.T)).tril()  # [position, position]
-        mask = torch.zeros(1, 1, *sees.shape, dtype=model.dtype, device=model.device)
-        mask.masked_fill_(~sees, torch.finfo(model.dtype).min)
-        options = {"attention_mask": mask, "position_ids": position}
-    return model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, above]
-
-def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
-                    advantages: Sequence[float], temperature: float) -> float:
-    """Backward pass of - sum_i A_i log pi(y_i); returns the sum of |log pi here - log pi in sampling|. The
-    head goes chunk by chunk, so that all logits of a pass never exist at once."""
-    states, head = completion_states(model, prompt, completions), model.get_output_embeddings()
-    tokens = torch.tensor([token for c in completions for token in c.tokens], device=model.device)
+        mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        options = {"attention_mask": mask[None, None], "position_ids": position}
+    states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, above]
+    tokens, head = ids[0, len(prompt):], model.get_output_embeddings()
     sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
     weights = [a for a, c in zip(advantages, completions, strict=True) for _ in c.tokens]  # A_i of each token
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
@@ -623,7 +618,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Rewar
     order = [i for _ in passes for i in torch.randperm(len(ids), generator=shuffle).tolist()]
     about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
     masks = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
-    steps = flat = trained = 0
+    steps = trained = 0
     gap = generating = 0.0
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), f"round {round + 1}"):
         start = time.perf_counter()
@@ -637,10 +632,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Rewar
         generating += time.perf_counter() - start
         every += rewards
         advantages = group_advantages(rewards, n)
-        informative = advantages.any(1)
-        flat += int((~informative).sum())
         parts = []  # (prompt, completions, advantages): a group, cut to --micro_batch_tokens
-        for j in informative.nonzero().flatten().tolist():
+        for j in advantages.any(1).nonzero().flatten().tolist():  # groups with variance
             prompt, group = ids[chosen[j]], done[j * n:(j + 1) * n]
             room = (config.micro_batch_tokens - len(prompt)) // max(len(c.tokens) for c in group)
             cuts = range(0, n, max(1, room) if masks else 1)
@@ -657,6 +650,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Rewar
     require(not gap >= 1, "training saw another policy: the model changes its logits after its head")
     note = {} if steps else {"note": "nothing could be learned: in no group did the rewards differ; try more "
                                      "--max_new_tokens, if answers were cut off, or a larger --group_size"}
+    flat = len(every) // n - int(group_advantages(every, n).any(1).sum())
     return {"steps": steps, "completions": len(every), "flat_groups": flat, "logprob_gap": gap,
             "reward": sum(every) / len(every), "seconds": {"generate": generating}, **note}
 
