@@ -45,8 +45,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 File, Record, Trained = str | Path, dict[str, Any], nn.Parameter | list[nn.Parameter]
-Grade = Callable[[list[str], list], list[float]]  # (texts, their examples) -> a number for each
-Reward = Callable[[list[int], list[str]], list[float]]  # (indices into prompts, texts) -> a number for each
 
 # Settings ---------------------------------------------------------------------------------------------------
 # Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
@@ -387,8 +385,7 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         records.append({**stats, **booster.summary(), **found, "seconds": seconds})
         if t >= 0:
             booster.save(out / "adapters.safetensors")
-        lines = "".join(to_json(record) + "\n" for record in records)
-        replace(out / "rounds.jsonl", lambda new, lines=lines: new.write_text(lines))
+        replace(out / "rounds.jsonl", lambda new: new.write_text("".join(to_json(r) + "\n" for r in records)))
         say(describe(records[-1], config.rounds))
         if t < 0 and found["failures"] and config.rounds:
             each = seconds["evaluate"] / sum(map(len, [task.train, *task.tests.values()]))
@@ -606,10 +603,10 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     (-(torch.tensor(weights, device=model.device) * trained).sum()).backward()
     return float((trained.detach() - sampled).abs().sum())
 
-def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Reward, v: Trained,
+def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Callable, v: Trained,
          config: GRPOConfig, round: int = 0, seed: int = 0) -> Record:
     """Train v (an adapter's, or a list of parameters) for one round: ceil(epochs x prompts / config.prompts)
-    times sample, reward, advantages, one Adam step.
+    times sample, reward(indices into prompts, texts) -> a number for each, advantages, one Adam step.
     Of what it returns, flat_groups had no variance; logprob_gap: mean |log pi in training - in sampling|."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
@@ -745,11 +742,10 @@ def claim(out: File, settings: Record) -> Record:
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
         fcntl.lockf(os.open(path, os.O_WRONLY | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    path, there = Path(out) / "config.json", {}
+    path = Path(out) / "config.json"
     if not process():
         load(lock, path.with_name(".lock"), advice=f"is {out} in use by another process?")
-    if path.exists():
-        there = load(lambda path: dict(json.loads(path.read_text())), path, advice="choose another --out")
+    there = read_rows(path, "", "", ["data"])[0] if path.exists() else {}
     require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
     versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
     # A script claims the folder twice: before its data is read, and in `boost`, with it.
@@ -772,7 +768,6 @@ def resume(out: Path, learner: Any) -> list[Record]:
     require(records or not [*out.glob("*.safetensors")], f"{path} is missing: choose another --out")
     if done > 0:
         learner.resume(out / "adapters.safetensors", rounds=done)
-    if records:
         say(f"{out} has {done} of {rounds} rounds")
     gather(None)  # all processes have read the state before the first one changes it
     return records
@@ -885,7 +880,7 @@ class TextTask:
     in its chat template, if it has one; grade(texts, examples) -> the rewards, right from 1 on; lenient: a
     grade for the record alone."""
     def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence, tests: dict[str, Sequence],
-                 config: GRPOConfig, prompt: Callable[[Any], str], grade: Grade, lenient: Grade | None = None,
+                 config: GRPOConfig, prompt: Callable, grade: Callable, lenient: Callable | None = None,
                  seed: int = 0):
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.train, self.tests, self.prompt, self.grade, self.lenient = train, tests, prompt, grade, lenient

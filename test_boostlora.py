@@ -610,7 +610,7 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
     run_words(tmp_path, settings={"lr": 1, "workers": 9, "micro_batch_tokens": 9})  # these change no result
     for name, change, message in [
             ("adapters.safetensors", None, "missing"), ("rounds.jsonl", None, "missing"),
-            ("config.json", None, "missing"), ("config.json", lambda old: b"5", "could not be loaded"),
+            ("config.json", None, "missing"), ("config.json", lambda old: b"5", "'data' is missing"),
             ("adapters.safetensors", lambda old: old[:-7], "damaged"),
             ("rounds.jsonl", lambda old: old[:-30], "line 5 .*one JSON object a line"),
             ("rounds.jsonl", lambda old: old.replace(b'"round": 1', b'"round": 3'), "line 2 is damaged")]:
