@@ -41,7 +41,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, linalg, nn
 from torch.utils.checkpoint import checkpoint
 
 File, Record, Trained = str | Path, dict[str, Any], nn.Parameter | list[nn.Parameter]
@@ -122,7 +122,7 @@ def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor,
     W, shape = weight.detach().double(), list(weight.shape)
     require(W.isfinite().all() and k <= min(shape), f"{name} {shape} is not finite, or has no {k} triplets")
     W = W.T if (wide := shape[0] < shape[1]) else W
-    values, vectors = torch.linalg.eigh(W.T @ W)  # ascending
+    values, vectors = linalg.eigh(W.T @ W)  # ascending
     S, right = values.flip(0)[:k].clamp(min=0).sqrt(), vectors.flip(1)[:, :k]
     require((S > 1e-6 * S[:1]).all(), f"{name} {shape} has fewer than {k} triplets: lower --rank or --rounds")
     left = W @ right / S
@@ -134,8 +134,7 @@ def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor,
 
 class TinyLoRA(nn.Module):
     """One module's update in one round, U S R V^T with R = sum_i v_i P_i: U [out, r], S [r], V [in, r] and
-    P [u, r, r] are fixed, fp32; v_i is in row `group` of v [groups, u]. `dtype`: of inputs and output. Change
-    v in place: its version tells when R V^T must be formed again."""
+    P [u, r, r] are fixed, fp32; v_i is in row `group` of v [groups, u], which is changed in place."""
     def __init__(self, U: Tensor, S: Tensor, V: Tensor, P: Tensor, v: Tensor, group: int, dtype=torch.float):
         super().__init__()
         self.US, self.Vt, self.P, self.v, self.group = U * S, V.T.contiguous(), P, v, group
@@ -180,8 +179,7 @@ def check_fit(model: nn.Module, config: BoostConfig) -> int:
     for name, linear in targets.items():
         kind, most = linear.weight.dtype, min(linear.weight.shape)
         require(kind.is_floating_point, f"{name} has {kind} weights: load the model unquantised")
-        need = f"--rank {config.rank} x --rounds {config.rounds} needs {k} singular triplets"
-        require(k <= most, f"{need}, but {name} has {most}: lower one of them")
+        require(k <= most, f"{name} has {most} singular triplets, not {k}: lower --rank or --rounds")
     return k
 
 def checksum(model: nn.Module) -> str:
@@ -277,8 +275,7 @@ class Booster:
 
     def rank(self, eps: float = 1e-6) -> dict[str, int]:
         """Per target, how many singular values of delta (not of W_T - W_0, rounded) exceed eps x the top."""
-        cores = {name: self.core(name).double() for name in self.targets}
-        return {name: int(torch.linalg.matrix_rank(C, rtol=eps)) for name, C in cores.items()}
+        return {name: int(linalg.matrix_rank(self.core(name).double(), rtol=eps)) for name in self.targets}
 
     def fidelity(self) -> float:
         """<W_T - W_0, dW> / |dW|^2 over all targets: the share of the update that survived rounding."""
@@ -328,8 +325,7 @@ class Booster:
     @classmethod
     def load(cls, model: nn.Module, path: File, rounds: int | None = None,
              weights: list[float] | None = None) -> "Booster":
-        """The fine-tuned model from the base model and the file, as `resume`: the same bits on the same
-        machine and library versions."""
+        """A base model fine-tuned by the file, as `resume`: same bits on the same machine and versions."""
         return cls(model, load(cls.read, path)[0]).resume(path, rounds, weights)
 
     def export_lora(self, folder: File) -> None:
@@ -480,15 +476,14 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     require(all(ids), "generate: a prompt has no token")
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # Qwen2.5 has two
     stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
-    uniforms = torch.rand(len(ids) * n, max_new_tokens, generator=generator("sample", seed))
+    uniforms = torch.rand(len(ids) * n, max_new_tokens, generator=generator("sample", seed)).to(model.device)
     queue = sorted(range(len(ids))[process()::processes()], key=lambda i: -len(ids[i]))  # the longest first
     rows = []  # (number, tokens, log-probabilities)
     while queue:
         size = batch_size(model, [len(ids[i]) for i in queue], n, max_new_tokens)
         batch, queue = queue[:size], queue[size:]
         numbers = [i * n + j for i in batch for j in range(n)]
-        draws = uniforms[numbers].to(model.device)
-        done = decode(model, [ids[i] for i in batch], n, temperature, max_new_tokens, stops, draws, label)
+        done = decode(model, [ids[i] for i in batch], n, temperature, stops, uniforms[numbers], label)
         rows += [(number, *row) for number, row in zip(numbers, done, strict=True)]
     rows = sorted(row for part in gather(rows) for row in part)
     return [Completion(tokenizer.decode(t, skip_special_tokens=True), t, p) for _, t, p in rows]
@@ -510,16 +505,17 @@ def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int
     return max(alike, default=1)
 
 @torch.inference_mode()
-def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int,
-           stops: list[int], uniforms: Tensor, label: str) -> list[tuple[list[int], list[float]]]:
-    """One batch, token by token; prompts come longest first. (tokens, log-probabilities) of each row."""
+def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, stops: list[int],
+           uniforms: Tensor, label: str) -> list[tuple[list[int], list[float]]]:
+    """(tokens, log-probabilities) of each row of a batch, drawn by uniforms [rows, max_new_tokens]; prompts
+    come longest first."""
     from transformers import DynamicCache
     device, width, cache = model.device, len(prompts[0]), DynamicCache(config=model.config)
     accepted = inspect.signature(model.base_model.forward).parameters
     options = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}  # before 5.24
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
     start = torch.tensor([[width - len(p)] for p in prompts], device=device)
-    columns = torch.arange(width + max_new_tokens, device=device)
+    columns = torch.arange(width + uniforms.shape[1], device=device)
     mask, positions = (columns >= start).long(), (columns - start).clamp(min=0)
     # Each prompt once, but for its last token, without the head: 8,192 tokens at a time.
     size = max(1, 8192 // len(prompts))
@@ -531,10 +527,9 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     token, mask, positions = (x.repeat_interleave(n, 0) for x in (ids[:, -1], mask, positions))
     stops = torch.tensor(stops, dtype=torch.long, device=device)
     alive = torch.arange(len(token), device=device)  # the rows that go on
-    tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(alive), max_new_tokens, device=device)
+    tokens, logprobs = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
     ended = torch.zeros_like(alive, dtype=torch.bool)
-    for step in progress(range(max_new_tokens), f"{label}, {len(alive)} rows, tokens"):
+    for step in progress(range(uniforms.shape[1]), f"{label}, {len(alive)} rows, tokens"):
         seen = width + step
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :seen],
                        position_ids=positions[:, seen - 1:seen], **options).logits[:, -1]
@@ -717,8 +712,7 @@ def progress(items: Iterable, label: str) -> Iterable:
 # is there; one without is done again, with the same random numbers: a killed run ends with the same bits.
 
 def replace(path: File, write: Callable[[Path], Any]) -> None:
-    """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder is removed first).
-    The first process alone does it."""
+    """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder is removed first)."""
     path, new = Path(path), Path(f"{path}.tmp")
     if process():
         return
