@@ -506,16 +506,15 @@ def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int
 
 @torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, stops: list[int],
-           uniforms: Tensor, label: str) -> list[tuple[list[int], list[float]]]:
-    """(tokens, log-probabilities) of each row of a batch, drawn by uniforms [rows, max_new_tokens]; prompts
-    come longest first."""
+           draws: Tensor, label: str) -> list[tuple[list[int], list[float]]]:
+    """(tokens, log-probabilities) of a batch's rows, by draws [rows, tokens]; prompts: longest first."""
     from transformers import DynamicCache
     device, width, cache = model.device, len(prompts[0]), DynamicCache(config=model.config)
     accepted = inspect.signature(model.base_model.forward).parameters
     options = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}  # before 5.24
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
     start = torch.tensor([[width - len(p)] for p in prompts], device=device)
-    columns = torch.arange(width + uniforms.shape[1], device=device)
+    columns = torch.arange(width + draws.shape[1], device=device)
     mask, positions = (columns >= start).long(), (columns - start).clamp(min=0)
     # Each prompt once, but for its last token, without the head: 8,192 tokens at a time.
     size = max(1, 8192 // len(prompts))
@@ -527,16 +526,16 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     token, mask, positions = (x.repeat_interleave(n, 0) for x in (ids[:, -1], mask, positions))
     stops = torch.tensor(stops, dtype=torch.long, device=device)
     alive = torch.arange(len(token), device=device)  # the rows that go on
-    tokens, logprobs = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
+    tokens, logprobs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
     ended = torch.zeros_like(alive, dtype=torch.bool)
-    for step in progress(range(uniforms.shape[1]), f"{label}, {len(alive)} rows, tokens"):
+    for step in progress(range(draws.shape[1]), f"{label}, {len(alive)} rows, tokens"):
         seen = width + step
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :seen],
                        position_ids=positions[:, seen - 1:seen], **options).logits[:, -1]
         every = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [rows, vocabulary]
         if temperature:  # invert the distribution function: so a row's draw is its own
             cdf = every.exp().cumsum(-1)
-            point = (1 - uniforms[alive, step]) * cdf[:, -1]  # in (0, 1]: never a token of probability 0
+            point = (1 - draws[alive, step]) * cdf[:, -1]  # in (0, 1]: never a token of probability 0
             token = torch.searchsorted(cdf, point[:, None]).squeeze(-1).clamp(max=cdf.shape[1] - 1)
         else:
             token = logits.argmax(-1)
@@ -571,7 +570,7 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
 
 def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
                     advantages: Sequence[float], temperature: float) -> float:
-    """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, then its completions side by side,
+    """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, its completions side by side,
     each seeing the prompt and itself. Returns the sum of |log pi here - log pi in sampling|. The head goes
     chunk by chunk, so that all logits of a pass never exist at once."""
     ids = prompt + [token for c in completions for token in c.tokens]
@@ -586,14 +585,13 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
         mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         options = {"attention_mask": mask[None, None], "position_ids": position}
     states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, above]
-    tokens, head = ids[0, len(prompt):], model.get_output_embeddings()
     sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
     weights = [a for a, c in zip(advantages, completions, strict=True) for _ in c.tokens]  # A_i of each token
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-        logits = head(states).float() / temperature
+        logits = model.get_output_embeddings()(states).float() / temperature
         return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
     size = max(1, 2**25 // model.config.get_text_config().vocab_size)
-    chunks = zip(states.split(size), tokens.split(size), strict=True)
+    chunks = zip(states.split(size), ids[0, len(prompt):].split(size), strict=True)
     trained = torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
     (-(torch.tensor(weights, device=model.device) * trained).sum()).backward()
     return float((trained.detach() - sampled).abs().sum())
@@ -712,7 +710,7 @@ def progress(items: Iterable, label: str) -> Iterable:
 # is there; one without is done again, with the same random numbers: a killed run ends with the same bits.
 
 def replace(path: File, write: Callable[[Path], Any]) -> None:
-    """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder is removed first)."""
+    """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder goes first)."""
     path, new = Path(path), Path(f"{path}.tmp")
     if process():
         return
@@ -741,14 +739,13 @@ def claim(out: File, settings: Record) -> Record:
         load(lock, path.with_name(".lock"), advice=f"is {out} in use by another process?")
     there = read_rows(path, "", "", ["data"])[0] if path.exists() else {}
     require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
-    versions = {"torch": torch.__version__, "safetensors": safetensors.__version__}
     # A script claims the folder twice: before its data is read, and in `boost`, with it.
-    here = {"data": there.get("data"), **json.loads(to_json(settings)), "versions": versions}
+    here = {"data": there.get("data"), **json.loads(to_json(settings))}
     free = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}  # may change
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
                  for key in sorted({*there, *here} - free) if there and there.get(key) != here.get(key)]
     require(not differing, f"{out} holds another run ({'; '.join(differing)}): choose another --out")
-    return here
+    return here | {"versions": {"torch": torch.__version__, "safetensors": safetensors.__version__}}
 
 def resume(out: Path, learner: Any) -> list[Record]:
     """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them."""
