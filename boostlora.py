@@ -677,7 +677,6 @@ def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: T
     return {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
 
 # Processes --------------------------------------------------------------------------------------------------
-# Without torchrun nothing is initialised: one process, the first.
 
 def process() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
