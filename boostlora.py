@@ -283,10 +283,9 @@ class Booster:
 
     def summary(self) -> Record:
         """For the record: norm of the last round's update, all targets; of the sum, norm, rank, fidelity."""
-        every, ranks = range(len(self.vectors)), self.rank().values()
-        norm, total = (math.sqrt(sum(float(self.core(name, ts).square().sum()) for name in self.targets))
-                       for ts in (every[-1:], every))
-        rank, fidelity = {"min": min(ranks), "max": max(ranks)}, self.fidelity()
+        last, ranks = range(len(self.vectors))[-1:], self.rank().values()
+        norm = math.sqrt(sum(float(self.core(name, last).square().sum()) for name in self.targets))
+        rank, total, fidelity = {"min": min(ranks), "max": max(ranks)}, math.sqrt(self.total), self.fidelity()
         return {"norm": norm, "total_norm": total, "rank": rank, "fidelity": fidelity}
 
     def save(self, path: File) -> None:
@@ -347,8 +346,8 @@ class Booster:
 
 def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Record | None = None,
           tokenizer: Any = None) -> list[Record]:
-    """Boost a learner (a Booster, or what has its attach, merge, save, resume, summary, model and config, and
-    rollback where accept="better") on a task:
+    """Boost a learner (a Booster, or what has its attach, merge, save, resume, model and config, may have its
+    summary, and has its rollback where accept="better") on a task:
 
         task.train, task.tests           a sequence of examples; dict: name -> examples
         task.evaluate(examples)          -> (list of bool: right?, dict of further metrics)
@@ -378,7 +377,7 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         found = measure(booster, task, records, t, test_every)
         seconds = {"evaluate": clock() - merged, "generate": 0.0, **stats.pop("seconds", {})}
         seconds |= {"train": trained - start - seconds["generate"], "merge": merged - trained}
-        records.append({**stats, **booster.summary(), **found, "seconds": seconds})
+        records.append({**stats, **getattr(booster, "summary", dict)(), **found, "seconds": seconds})
         if t >= 0:
             booster.save(out / "adapters.safetensors")
         replace(out / "rounds.jsonl", lambda new: new.write_text("".join(to_json(r) + "\n" for r in records)))
@@ -532,14 +531,14 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
         seen = width + step
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :seen],
                        position_ids=positions[:, seen - 1:seen], **options).logits[:, -1]
-        every = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [rows, vocabulary]
+        every = logits.float().div_(temperature or 1.0).softmax(-1)  # [rows, vocabulary]
         if temperature:  # invert the distribution function: so a row's draw is its own
-            cdf = every.exp().cumsum(-1)
+            cdf = every.cumsum(-1)
             point = (1 - draws[alive, step]) * cdf[:, -1]  # in (0, 1]: never a token of probability 0
             token = torch.searchsorted(cdf, point[:, None]).squeeze(-1).clamp(max=cdf.shape[1] - 1)
         else:
             token = logits.argmax(-1)
-        tokens[alive, step], logprobs[alive, step] = token, every.gather(-1, token[:, None]).squeeze(-1)
+        tokens[alive, step], logprobs[alive, step] = token, every.gather(-1, token[:, None]).squeeze(-1).log()
         ended |= torch.isin(token, stops)
         left = int(ended.sum())
         if left == len(alive):
@@ -573,25 +572,24 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, its completions side by side,
     each seeing the prompt and itself. Returns the sum of |log pi here - log pi in sampling|. The head goes
     chunk by chunk, so that all logits of a pass never exist at once."""
-    ids = prompt + [token for c in completions for token in c.tokens]
-    owner = [0] * len(prompt) + [j for j, c in enumerate(completions, 1) for _ in c.tokens]
-    position = [*range(len(prompt)), *(len(prompt) + k for c in completions for k in range(len(c.tokens)))]
-    # A token is predicted at the one before it; a completion's first one, at the prompt's last.
-    above = [i - 1 if position[i] > len(prompt) else len(prompt) - 1 for i in range(len(prompt), len(ids))]
-    ids, owner, position = (torch.tensor([x], device=model.device) for x in (ids, owner, position))
+    row, shared = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1
+    for j, c in enumerate(completions, 1):  # from the prompt's last token on, at which the first is predicted
+        row += [(token, j, shared + k) for k, token in enumerate(prompt[-1:] + c.tokens[:-1])]
+    ids, owner, position = (torch.tensor([x], device=model.device) for x in zip(*row, strict=True))
     options = {}
     if len(completions) > 1:  # else the model's own causal mask does
         sees = ((owner == 0) | (owner == owner.T)).tril()  # [position, position]
         mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         options = {"attention_mask": mask[None, None], "position_ids": position}
-    states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, above]
+    states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, shared:]
+    tokens = torch.tensor([token for c in completions for token in c.tokens], device=model.device)
     sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
     weights = [a for a, c in zip(advantages, completions, strict=True) for _ in c.tokens]  # A_i of each token
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(states).float() / temperature
-        return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        logits = model.get_output_embeddings()(states).float().div_(temperature)
+        return -nn.functional.cross_entropy(logits, tokens, reduction="none")
     size = max(1, 2**25 // model.config.get_text_config().vocab_size)
-    chunks = zip(states.split(size), ids[0, len(prompt):].split(size), strict=True)
+    chunks = zip(states.split(size), tokens.split(size), strict=True)
     trained = torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
     (-(torch.tensor(weights, device=model.device) * trained).sum()).backward()
     return float((trained.detach() - sampled).abs().sum())
@@ -638,8 +636,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
         descend(optimizer, config.max_grad_norm, tokens)
     gap = sum(gather(gap)) / max(trained, 1)
     require(not gap >= 1, "training saw another policy: the model changes its logits after its head")
-    note = {} if steps else {"note": "nothing could be learned: in no group did the rewards differ; try more "
-                                     "--max_new_tokens, if answers were cut off, or a larger --group_size"}
+    nothing = "nothing could be learned, no group had variance: try more --max_new_tokens or --group_size"
+    note = {} if steps else {"note": nothing}
     flat = len(every) // n - int(group_advantages(every, n).any(1).sum())
     return {"steps": steps, "completions": len(every), "flat_groups": flat, "logprob_gap": gap,
             "reward": sum(every) / len(every), "seconds": {"generate": generating}, **note}
@@ -784,9 +782,6 @@ class FullFineTuning:
         self.model.load_state_dict(weights, strict=False)
         self.done = rounds
 
-    def summary(self) -> Record:
-        return {}
-
 # What the scripts share -------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -918,10 +913,9 @@ def read_rows(path: File, hub: str, split: str, fields: Sequence[str]) -> list[R
 
 def pretrain(model: nn.Module, batch: Callable[[], dict[str, Tensor]], steps: int) -> None:
     """A demo's base model: AdamW on the model's own loss of batch(), its keyword inputs with `labels`."""
-    say("Pre-training the demo's base model: about a minute.")
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
-    for _ in progress(range(steps), "pre-training"):
+    for _ in progress(range(steps), "pre-training the demo's base model"):
         optimizer.zero_grad()
         model(**batch()).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -448,11 +448,11 @@ def test_the_gradient_is_the_hand_computed_one(talker, make, budget):
     assert stats["reward"] == pytest.approx(float(rewards.mean()))
     assert max(heights) == 8
     if budget == 1 or make is sliding:  # no mask of ours: one completion a row
-        assert sorted(sizes) == sorted(map(sum, trained))
+        assert sorted(sizes) == sorted(prompt + new - 1 for prompt, new in trained)
     elif budget == 60:
         assert max(sizes) <= budget and len(sizes) < len(trained)
     else:  # in one sequence each prompt stands once
-        assert sizes == [sum(new for _, new in trained[i:i + 6]) + trained[i][0]
+        assert sizes == [sum(new for _, new in trained[i:i + 6]) + trained[i][0] - 1
                          for i in range(0, len(trained), 6)]
 
 SHORT = GRPOConfig(group_size=4, max_new_tokens=8)
