@@ -540,10 +540,9 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
             token = logits.argmax(-1)
         tokens[alive, step], logprobs[alive, step] = token, every.gather(-1, token[:, None]).squeeze(-1).log()
         ended |= torch.isin(token, stops)
-        left = int(ended.sum())
-        if left == len(alive):
+        if ended.all():
             break
-        if left >= len(alive) / 8:  # leaving copies the cache, so an eighth leaves together
+        if ended.float().mean() >= 1 / 8:  # leaving copies the cache, so an eighth leaves together
             keep = (~ended).nonzero().squeeze(-1)
             alive, token, mask, positions, ended = (x[keep] for x in (alive, token, mask, positions, ended))
             cache.batch_select_indices(keep)
@@ -572,26 +571,26 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, its completions side by side,
     each seeing the prompt and itself. Returns the sum of |log pi here - log pi in sampling|. The head goes
     chunk by chunk, so that all logits of a pass never exist at once."""
-    row, shared = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1
-    for j, c in enumerate(completions, 1):  # from the prompt's last token on, at which the first is predicted
+    row, shared, targets = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1, []
+    for j, (c, a) in enumerate(zip(completions, advantages, strict=True), 1):
+        # From the prompt's last token on, at which the completion's first is predicted.
         row += [(token, j, shared + k) for k, token in enumerate(prompt[-1:] + c.tokens[:-1])]
+        targets += [(token, logprob, a) for token, logprob in zip(c.tokens, c.logprobs, strict=True)]
     ids, owner, position = (torch.tensor([x], device=model.device) for x in zip(*row, strict=True))
+    tokens, sampled, weights = (torch.tensor(x, device=model.device) for x in zip(*targets, strict=True))
     options = {}
     if len(completions) > 1:  # else the model's own causal mask does
         sees = ((owner == 0) | (owner == owner.T)).tril()  # [position, position]
         mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         options = {"attention_mask": mask[None, None], "position_ids": position}
     states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, shared:]
-    tokens = torch.tensor([token for c in completions for token in c.tokens], device=model.device)
-    sampled = torch.tensor([logprob for c in completions for logprob in c.logprobs], device=model.device)
-    weights = [a for a, c in zip(advantages, completions, strict=True) for _ in c.tokens]  # A_i of each token
     def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
         logits = model.get_output_embeddings()(states).float().div_(temperature)
         return -nn.functional.cross_entropy(logits, tokens, reduction="none")
     size = max(1, 2**25 // model.config.get_text_config().vocab_size)
     chunks = zip(states.split(size), tokens.split(size), strict=True)
     trained = torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
-    (-(torch.tensor(weights, device=model.device) * trained).sum()).backward()
+    (-(weights * trained).sum()).backward()
     return float((trained.detach() - sampled).abs().sum())
 
 def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Callable, v: Trained,
