@@ -139,9 +139,9 @@ def test_targets_are_the_linears_of_the_language_model_s_blocks():
     names = list(find_targets(qwen()))
     assert len(names) == 2 * 7 and names[0] == "model.layers.0.self_attn.q_proj" and "lm_head" not in names
     assert len(find_targets(esm())) == 2 * 6 and "esm.encoder.layer.1.output.dense" in find_targets(esm())
-    seeing = nn.Module()  # with a vision tower of more blocks
-    seeing.tower, seeing.text = nn.ModuleList(nn.Linear(4, 4) for _ in range(9)), qwen()
-    seeing.get_decoder = lambda: seeing.text.model
+    seeing, many = nn.Module(), nn.ModuleList(nn.Identity() for _ in range(9))  # a vision tower and experts
+    seeing.tower, seeing.text = nn.ModuleList(nn.Linear(4, 4) for _ in range(99)), qwen()
+    seeing.get_decoder, seeing.text.model.layers[0].experts = lambda: seeing.text.model, many
     assert list(find_targets(seeing)) == [f"text.{name}" for name in names]
     with refused("transformer.h.*Conv1D"):
         find_targets(hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=31)))
