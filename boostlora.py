@@ -202,8 +202,6 @@ class Booster:
         self.base = {name: m.weight.detach().to("cpu", copy=True) for name, m in self.targets.items()}
         self.basis = {name: svd_basis(linear.weight, self.k, name)  # U [out, k], S [k], V [in, k]
                       for name, linear in progress(self.targets.items(), "basis")}
-        # Another machine's linear algebra that flips or mixes near-equal singular vectors changes these sums.
-        self.fingerprint = sum(torch.stack([U.sum(0), V.sum(0)]).cpu() for U, _, V in self.basis.values())
         self.vectors: list[Tensor] = []  # v of each finished round, fp32 [groups, u], on the CPU
         self.v, self.hooks, self.kept, self.total = None, ExitStack(), 0.0, 0.0
 
@@ -292,31 +290,27 @@ class Booster:
         """Write v of all rounds [rounds, groups, u], 4 bytes a number, and what rebuilds the rest."""
         v = torch.stack([torch.zeros(self.groups, self.config.u), *self.vectors])[1:]
         about = {"format": 2, "config": dataclasses.asdict(self.config), "base": self.checksum}
-        tensors, about = {"v": v, "basis": self.fingerprint}, {"boostlora": json.dumps(about)}
-        replace(path, lambda new: safetensors.torch.save_file(tensors, new, about))
+        about = {"boostlora": json.dumps(about)}
+        replace(path, lambda new: safetensors.torch.save_file({"v": v}, new, about))
 
     @staticmethod
-    def read(path: File) -> tuple[BoostConfig, Tensor, Tensor, str]:
-        """A file's configuration, v, fingerprint of the basis, checksum of the base."""
+    def read(path: File) -> tuple[BoostConfig, Tensor, str]:
+        """A file's configuration, v, checksum of the base model."""
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["boostlora"])
-            config = BoostConfig(**about["config"])
-            return config, file.get_tensor("v"), file.get_tensor("basis"), about["base"]
+            return BoostConfig(**about["config"]), file.get_tensor("v"), about["base"]
 
     def resume(self, path: File, rounds: int | None = None, weights: list[float] | None = None) -> "Booster":
         """Take over a file's vectors (the first `rounds`; each scaled by weights[t], as R is linear in v) and
-        write the weights. InputError for a damaged file or another base model, configuration or basis."""
-        theirs, v, fingerprint, base = load(self.read, path)
+        write the weights. InputError for a damaged file, another base model or configuration."""
+        theirs, v, base = load(self.read, path)
         require(base == self.checksum, f"{path} is of another base model, or of another --dtype")
         mine = dataclasses.replace(self.config, rounds=theirs.rounds)
         require(theirs == mine, f"{path} is of {theirs}, not {mine}")
         rounds, weights = len(v) if rounds is None else rounds, weights or [1.0] * len(v)
         require(0 <= rounds <= min(len(v), self.config.rounds) and len(weights) == len(v),
                 f"{path} has {len(v)} rounds: {rounds} of them and {len(weights)} weights do not fit")
-        k = min(self.k, fingerprint.shape[1])
         require(v.shape[1:] == (self.groups, self.config.u) and v.isfinite().all(), f"{path}: v is damaged")
-        require(torch.allclose(self.fingerprint[:, :k], fingerprint[:, :k], rtol=0, atol=1e-2),
-                f"{path}: this machine finds another singular basis; use the LoRA that --export_lora writes")
         self.vectors = [v[t] * weights[t] for t in range(rounds)]
         self.write()
         return self
@@ -324,7 +318,7 @@ class Booster:
     @classmethod
     def load(cls, model: nn.Module, path: File, rounds: int | None = None,
              weights: list[float] | None = None) -> "Booster":
-        """A base model fine-tuned by the file, as `resume`: same bits on the same machine and versions."""
+        """A base model fine-tuned by the file, as `resume`: same bits on the same machine, elsewhere near."""
         return cls(model, load(cls.read, path)[0]).resume(path, rounds, weights)
 
     def export_lora(self, folder: File) -> None:

@@ -128,9 +128,10 @@ def test_svd_basis_agrees_with_float64_svd(shape, decay):
     exact = torch.linalg.svd(weight.double(), full_matrices=False)
     assert U.dtype == S.dtype == V.dtype == fp32 and (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
     assert ((S - exact.S[:k]).abs() / exact.S[:k]).max() < 1e-6
-    for vectors, theirs in ((U, exact.U), (V, exact.Vh.T)):
+    sign = exact.U[:, :k].gather(0, exact.U[:, :k].abs().argmax(0, keepdim=True)).sign()
+    for vectors, theirs in ((U, exact.U), (V, exact.Vh.T)):  # so another machine's are the same, and load works
         assert (vectors.T @ vectors - torch.eye(k)).abs().max() < 1e-5
-        assert (vectors * theirs[:, :k]).sum(0).abs().min() > 0.9999
+        assert (vectors - sign * theirs[:, :k]).abs().max() < 1e-6
     for bad in (torch.ones(shape), weight / 0, weight[:k - 1]):
         with refused("the weight .* (not finite|no 40|fewer than 40)"):
             svd_basis(bad, k)
@@ -286,20 +287,6 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
         path.write_bytes(content)
         with refused(message):
             Booster.load(qwen(), path)
-
-@pytest.mark.parametrize("angle", [0.5, math.pi])
-def test_another_machine_s_basis_is_refused(tmp_path, monkeypatch, angle):
-    def theirs(weight, k, name):  # of one target, two near-equal triplets are mixed, or of the other sign
-        U, S, V = svd_basis(weight, k, name)
-        if name == "model.layers.0.self_attn.q_proj":
-            U[:, :2], V[:, :2] = U[:, :2] @ turn, V[:, :2] @ turn
-        return U, S, V
-
-    trained(qwen()).save(tmp_path / "adapters.safetensors")
-    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    monkeypatch.setattr(boostlora, "svd_basis", theirs)
-    with refused("another singular basis"):
-        Booster.load(qwen(), tmp_path / "adapters.safetensors")
 
 @pytest.mark.parametrize("make", [qwen, esm])
 def test_the_lora_export_is_the_exact_sum(tmp_path, recwarn, make):  # peft warns
