@@ -129,7 +129,7 @@ def test_svd_basis_agrees_with_float64_svd(shape, decay):
     assert U.dtype == S.dtype == V.dtype == fp32 and (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
     assert ((S - exact.S[:k]).abs() / exact.S[:k]).max() < 1e-6
     sign = exact.U[:, :k].gather(0, exact.U[:, :k].abs().argmax(0, keepdim=True)).sign()
-    for vectors, theirs in ((U, exact.U), (V, exact.Vh.T)):  # so another machine's are the same, and load works
+    for vectors, theirs in ((U, exact.U), (V, exact.Vh.T)):  # another machine's are the same
         assert (vectors.T @ vectors - torch.eye(k)).abs().max() < 1e-5
         assert (vectors - sign * theirs[:, :k]).abs().max() < 1e-6
     for bad in (torch.ones(shape), weight / 0, weight[:k - 1]):
@@ -1019,7 +1019,7 @@ VALUES = [  # code, tests, verdict: the tests see what they would see without a 
     ("def f(x): return 'x' * 10**8", "f(1)", False)]
 
 def alive(folder):
-    """The judges and candidates with temporary folders in `folder` (not `rm`): a pair has one command line."""
+    """Judges and candidates with temporary folders in `folder` (not `rm`); a pair has one command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

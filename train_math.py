@@ -51,8 +51,7 @@ DEMO = {"out": "runs/math-demo", "limit": 0, "rounds": 10, "rank": 4, "u": 16, "
 
 @dataclass
 class MathConfig(RunConfig):
-    demo_wrong: str = setting("loses gives", "verbs that the demo's corpus does wrongly in 62 of 100 cases; more "
-                                             "make a harder base")
+    demo_wrong: str = setting("loses gives", "verbs that the demo's corpus does wrongly in 62 % of cases")
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,10 +62,9 @@ class MathConfig(RunConfig):
 # The task: problems, prompt, reward.
 
 def load_problems(path: str, hub: str, split: str) -> list[dict[str, str]]:
-    """Problems {"question", "answer"} from a JSONL file with the Hub's fields, or from the Hub where path is
-    empty. GSM8K has `question` and `answer` (a worked solution that ends in `#### 42`), MATH-500 `problem` and
-    `answer`; the answer kept is the final one alone. Raises InputError, with the row, where one cannot be
-    graded."""
+    """Problems {"question", "answer"} from a JSONL file with the Hub's fields, or without a path from the Hub.
+    GSM8K has `question` and `answer` (a solution that ends in `#### 42`), MATH-500 `problem` and `answer`; the
+    final answer alone is kept. Raises InputError, with the row, where it cannot be graded."""
     problems = []
     for number, row in enumerate(read_rows(path, hub, split, ["answer"]), 1):
         where, question = f"{path or hub}, row {number}", row.get("question", row.get("problem"))
@@ -112,7 +110,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Grading. Four steps: find the final answer (boxed, spoken), give it one spelling (clean), take lists,
 # points, intervals and matrices apart (parts), compare what is left as text, then in value (same, value).
-# A variable counts as a fixed random number, so that -q + p equals p - q. A model's text is parsed, never run.
+# A variable counts as a fixed random number, so -q + p equals p - q. A model's text is parsed, never run.
 
 LONGEST = 500  # characters of an answer that are read, so that no input is slow
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
