@@ -82,8 +82,7 @@ class BoostConfig(Settings):
         "rotate", "rotate: a fresh slice each round; top: the first; top-decayed: that, scaled as rotate's")
     replay: float = setting(0.0, "right examples beside each failure; 0: failures only (paper); -1: all")
     recheck: float = setting(1.0, "share of the right examples that a round evaluates again (the paper: 1)")
-    accept: Literal["all", "better"] = setting(
-        "all", "better: a round that leaves more failures than before is taken back; all: the paper")
+    accept: Literal["all", "better"] = setting("all", "better: a round that adds failures is taken back")
     seed: int = setting(0, "all randomness follows from it and the round")
 
 @dataclasses.dataclass
@@ -155,9 +154,8 @@ class TinyLoRA(nn.Module):
         return self.US @ self.down()
 
 # Booster ----------------------------------------------------------------------------------------------------
-# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) is a pure function of the list of vectors v_t: merge, rollback,
-# load, the first k rounds and re-weighted rounds call it with another list. Adding each round to a bf16
-# weight kept 58 % of 20 rounds with |R| = 1e-2, this 95 %.
+# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) follows from the list of v_t: merge, rollback and load write it
+# anew from W_0. Adding each round to a bf16 weight kept 58 % of 20 rounds with |R| = 1e-2, this 95 %.
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
@@ -554,17 +552,15 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
 # record measures it); nothing ties the policy to a reference, as v starts from 0 and a round is short.
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
-    """A_i = (r_i - mean) / std (the population's) in each group, fp32 [groups, group_size]; 0 in flat ones,
-    whose rewards differ by less than 1e-4: so little is float noise."""
+    """A_i = (r_i - mean) / std (the population's) by group, fp32 [groups, group_size]; 0 in flat ones."""
     r = torch.tensor(rewards, dtype=torch.float32).view(-1, group_size)
-    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) < 1e-4
+    flat = r.amax(1, keepdim=True) - r.amin(1, keepdim=True) < 1e-4  # less is float noise
     return ((r - r.mean(1, keepdim=True)) / r.std(1, correction=0, keepdim=True)).masked_fill(flat, 0.0)
 
 def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
                     advantages: Sequence[float], temperature: float) -> float:
-    """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, its completions side by side,
-    each seeing the prompt and itself. Returns the sum of |log pi here - log pi in sampling|. The head goes
-    chunk by chunk, so that all logits of a pass never exist at once."""
+    """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, its completions side by side, each
+    seeing it and itself; the head in chunks, for memory. Returns the sum of |log pi here - in sampling|."""
     row, shared, targets = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1, []
     for j, (c, a) in enumerate(zip(completions, advantages, strict=True), 1):
         # From the prompt's last token on, at which the completion's first is predicted.
@@ -629,15 +625,13 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
         descend(optimizer, config.max_grad_norm, tokens)
     gap = sum(gather(gap)) / max(trained, 1)
     require(not gap >= 1, "training saw another policy: the model changes its logits after its head")
-    nothing = "nothing could be learned, no group had variance: try more --max_new_tokens or --group_size"
-    note = {} if steps else {"note": nothing}
+    note = {} if steps else {"note": "nothing could be learned, no group had variance: try more --group_size"}
     flat = len(every) // n - int(group_advantages(every, n).any(1).sum())
     return {"steps": steps, "completions": len(every), "flat_groups": flat, "logprob_gap": gap,
             "reward": sum(every) / len(every), "seconds": {"generate": generating}, **note}
 
 def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float) -> None:
-    """One step on the gradients: summed over the processes, divided by `total` (here, as in the backward pass
-    fp16 would underflow), clipped."""
+    """One step on the gradients, summed over processes, divided by `total` (at last, for fp16), clipped."""
     parameters = optimizer.param_groups[0]["params"]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -718,8 +712,7 @@ def to_json(value: Any) -> str:
         else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
-    """Lock a run folder until this process ends. Returns what belongs into its config.json. Refuses a folder
-    in use, and a run with other settings, which are named."""
+    """Lock a run folder until this process ends; returns its config.json. Refuses a run of other settings."""
     import fcntl
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -854,9 +847,8 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
     return load(AutoModelForCausalLM.from_pretrained, args.model, dtype=args.dtype, advice=advice), tokenizer
 
 class TextTask:
-    """A task of prompts and grades for `boost`, learned by GRPO. prompt(example) -> what the model is asked,
-    in its chat template, if it has one; grade(texts, examples) -> the rewards, right from 1 on; lenient: a
-    grade for the record alone."""
+    """A task for `boost`, learned by GRPO. prompt(example) -> what is asked, in the model's chat template, if
+    any; grade(texts, examples) -> rewards, right from 1 on; lenient: a grade for the record alone."""
     def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence, tests: dict[str, Sequence],
                  config: GRPOConfig, prompt: Callable, grade: Callable, lenient: Callable | None = None,
                  seed: int = 0):
@@ -888,8 +880,7 @@ class TextTask:
                     v, self.config, round, self.seed)
 
 def read_rows(path: File, hub: str, split: str, fields: Sequence[str]) -> list[Record]:
-    """The rows of a .jsonl or .jsonl.gz file, each with these fields, or without a path of a Hub data set,
-    `owner/name` or `owner/name:config`."""
+    """Rows of a .jsonl(.gz) file, each with these fields, or without a path of the Hub's `owner/name:config`."""
     if not path:
         from datasets import load_dataset
         advice = "give --train_file and --test_file, or try --demo"
