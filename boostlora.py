@@ -560,7 +560,7 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
 def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
                     advantages: Sequence[float], temperature: float) -> float:
     """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, completions side by side, each
-    seeing the prompt and itself; the head in chunks, for memory. Returns the sum of |log pi here - in sampling|."""
+    seeing the prompt and itself; the head in chunks, for memory. Returns sum |log pi here - in sampling|."""
     row, shared, targets = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1, []
     for j, (c, a) in enumerate(zip(completions, advantages, strict=True), 1):
         # From the prompt's last token on, at which the completion's first is predicted.
@@ -880,7 +880,7 @@ class TextTask:
                     v, self.config, round, self.seed)
 
 def read_rows(path: File, hub: str, split: str, fields: Sequence[str]) -> list[Record]:
-    """Rows of a .jsonl(.gz) file, each with these fields; without a path, of the Hub's `owner/name:config`."""
+    """Rows of a .jsonl(.gz) file, each with these fields; without a path, of the Hub's `owner/name:part`."""
     if not path:
         from datasets import load_dataset
         advice = "give --train_file and --test_file, or try --demo"
