@@ -51,7 +51,7 @@ DEMO = {"out": "runs/math-demo", "limit": 0, "rounds": 10, "rank": 4, "u": 16, "
 
 @dataclass
 class MathConfig(RunConfig):
-    demo_wrong: str = setting("loses gives", "verbs that the demo's corpus does wrongly in 62 % of cases")
+    demo_wrong: str = setting("loses gives", "verbs that the demo's corpus does wrongly in 62 %% of cases")
 
     def __post_init__(self):
         super().__post_init__()
