@@ -159,11 +159,11 @@ class TinyLoRA(nn.Module):
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
-    blocks are the nn.ModuleList with the most modules, of the language model where there are others."""
+    blocks are the nn.ModuleList with the most weights, of the language model where there are others."""
     text = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in text}
     require(lists, f"{type(model).__name__} has no nn.ModuleList of transformer blocks")
-    prefix = max(lists, key=lambda name: len([*lists[name].modules()]))
+    prefix = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
     inside = dict(lists[prefix].named_modules())
     kinds = ", ".join(sorted({type(m).__name__ for m in inside.values() if hasattr(m, "weight")}))
     targets = {f"{prefix}.{name}": m for name, m in inside.items() if isinstance(m, nn.Linear)}
@@ -245,6 +245,7 @@ class Booster:
             v.zero_()
         self.write()
 
+    @torch.no_grad()
     def write(self) -> None:
         """weight <- round(W_0 + delta), in place, for every target; and how much of delta that keeps."""
         learned, self.kept, self.total = any(v.any() for v in self.vectors), 0.0, 0.0
@@ -765,6 +766,9 @@ class FullFineTuning:
 
     def resume(self, path: Path, rounds: int) -> None:
         weights = load(safetensors.torch.load_file, path.with_name(f"weights-{rounds}.safetensors"))
+        mine = {name: p.shape for name, p in self.model.named_parameters()}
+        fits = mine == {name: weight.shape for name, weight in weights.items()}
+        require(fits, f"{path.parent} holds weights of another model: choose another --out")
         self.model.load_state_dict(weights, strict=False)
         self.done = rounds
 

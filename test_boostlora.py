@@ -143,6 +143,7 @@ def test_targets_are_the_linears_of_the_language_model_s_blocks():
     seeing, many = nn.Module(), nn.ModuleList(nn.Identity() for _ in range(9))  # a vision tower and experts
     seeing.tower, seeing.text = nn.ModuleList(nn.Linear(4, 4) for _ in range(99)), qwen()
     seeing.get_decoder, seeing.text.model.layers[0].experts = lambda: seeing.text.model, many
+    seeing.text.model.ears = nn.ModuleList(nn.Linear(4, 4) for _ in range(99))  # as in Phi-4-multimodal
     assert list(find_targets(seeing)) == [f"text.{name}" for name in names]
     with refused("transformer.h.*Conv1D"):
         find_targets(hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=31)))
@@ -253,6 +254,7 @@ def test_rollback_save_load_give_the_same_bits(tmp_path, dtype):
     booster = Booster(model := qwen(dtype), BoostConfig(rounds=3, u=3, groups=4))
     for t in range(3):
         draw(booster.attach(), t)
+        model.requires_grad_(True)  # as a program of one's own may have left it
         booster.merge()
         history.append(bits(model))
     booster.save(path)
@@ -594,6 +596,9 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
     check("lr 1 there, None here.*top_p None there, 1 here", settings={"top_p": 1})
     check("another base model", learner=lambda _, config: Booster(esm(bf16), config))
     check("weights-4.safetensors could not be loaded", learner=FullFineTuning)
+    boostlora.safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "weights-4.safetensors")
+    check("weights of another model", learner=FullFineTuning)
+    (tmp_path / "weights-4.safetensors").unlink()
     run_words(tmp_path, settings={"lr": 1, "workers": 9, "micro_batch_tokens": 9})  # these change no result
     for name, change, message in [
             ("adapters.safetensors", None, "missing"), ("rounds.jsonl", None, "missing"),
