@@ -13,8 +13,7 @@ The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) wh
         train v_t on F_t only, all weights frozen, by                                               (paper)
             GRPO: n completions a prompt, A_i = (r_i - mean) / std inside the group                 (paper)
                   loss = - sum_i A_i log pi(y_i) / tokens, over the groups with variance             (ours)
-                  one Adam step for each fresh batch, so the ratio is 1: no ratio, clip or KL        (ours)
-                  Adam starts afresh each round                                                      (ours)
+                  Adam anew each round, one step a fresh batch: ratio 1, so no ratio, clip or KL     (ours)
             or cross-entropy, for a classifier                                                      (paper)
             `replay` adds right examples to F_t: 0, but for the classifier                           (ours)
         W_{t+1}  <-  round(W_0 + sum_{s<=t} U_s S_s R_s V_s^T): merge, discard the adapter          (paper)
@@ -42,12 +41,10 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, linalg, nn
-from torch.utils.checkpoint import checkpoint
 
 File, Record, Trained = str | Path, dict[str, Any], nn.Parameter | list[nn.Parameter]
 
 # Settings ---------------------------------------------------------------------------------------------------
-# Every field is a flag of the scripts: HfArgumentParser reads its name, type, default and help.
 
 class InputError(ValueError):
     """A mistake in flags, files, data or calls, told in one sentence. Whatever does not fit raises it."""
@@ -111,8 +108,7 @@ def generator(*key: Any) -> torch.Generator:
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
-# Basis ------------------------------------------------------------------------------------------------------
-# W_0 = U Sigma V^T, of which the leading k = r T triplets are kept.
+# Basis: W_0 = U Sigma V^T, of which the leading k = r T triplets are kept -----------------------------------
 
 def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor, ...]:
     """The k leading singular triplets of weight [out, in]: U [out, k], S [k], V [in, k], fp32, on its device;
@@ -129,7 +125,7 @@ def svd_basis(weight: Tensor, k: int, name: str = "the weight") -> tuple[Tensor,
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # [1, k]
     return (U * sign).float(), S.float(), (V * sign).float()
 
-# TinyLoRA layer ---------------------------------------------------------------------------------------------
+# TinyLoRA layer: U S R V^T, R = sum_i v_i P_i ---------------------------------------------------------------
 
 class TinyLoRA(nn.Module):
     """One module's update in one round, U S R V^T with R = sum_i v_i P_i: U [out, r], S [r], V [in, r] and
@@ -154,20 +150,18 @@ class TinyLoRA(nn.Module):
         return self.US @ self.down()
 
 # Booster ----------------------------------------------------------------------------------------------------
-# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) follows from the list of v_t: merge, rollback and load write it
-# anew from W_0. Adding each round to a bf16 weight kept 58 % of 20 rounds with |R| = 1e-2, this 95 %.
+# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) is a pure function of the vectors v_t: merge, rollback and load
+# call it with others. Adding each of 20 rounds, |R| = 1e-2, to a bf16 weight kept 58 % of them, this 95 %.
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
     blocks are the nn.ModuleList with the most weights, of the language model where there are others."""
     text = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in text}
-    require(lists, f"{type(model).__name__} has no nn.ModuleList of transformer blocks")
-    prefix = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    inside = dict(lists[prefix].named_modules())
-    kinds = ", ".join(sorted({type(m).__name__ for m in inside.values() if hasattr(m, "weight")}))
-    targets = {f"{prefix}.{name}": m for name, m in inside.items() if isinstance(m, nn.Linear)}
-    require(targets, f"{type(model).__name__}: '{prefix}' holds no nn.Linear, only {kinds}")
+    inside = [{f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
+              for prefix, blocks in lists.items()]
+    targets = max(inside, key=lambda linears: sum(m.weight.numel() for m in linears.values()), default={})
+    require(targets, f"{type(model).__name__} has no nn.ModuleList of blocks with an nn.Linear (not Conv1D)")
     return targets
 
 def check_fit(model: nn.Module, config: BoostConfig) -> int:
@@ -288,9 +282,8 @@ class Booster:
     def save(self, path: File) -> None:
         """Write v of all rounds [rounds, groups, u], 4 bytes a number, and what rebuilds the rest."""
         v = torch.stack([torch.zeros(self.groups, self.config.u), *self.vectors])[1:]
-        about = {"format": 2, "config": dataclasses.asdict(self.config), "base": self.checksum}
-        about = {"boostlora": json.dumps(about)}
-        replace(path, lambda new: safetensors.torch.save_file({"v": v}, new, about))
+        about = json.dumps({"format": 2, "config": vars(self.config), "base": self.checksum})
+        replace(path, lambda new: safetensors.torch.save_file({"v": v}, new, {"boostlora": about}))
 
     @staticmethod
     def read(path: File) -> tuple[BoostConfig, Tensor, str]:
@@ -304,8 +297,7 @@ class Booster:
         write the weights. InputError for a damaged file, another base model or configuration."""
         theirs, v, base = load(self.read, path)
         require(base == self.checksum, f"{path} is of another base model, or of another --dtype")
-        mine = dataclasses.replace(self.config, rounds=theirs.rounds)
-        require(theirs == mine, f"{path} is of {theirs}, not {mine}")
+        require(theirs == dataclasses.replace(self.config, rounds=theirs.rounds), f"{path} is of {theirs}")
         rounds, weights = len(v) if rounds is None else rounds, weights or [1.0] * len(v)
         require(0 <= rounds <= min(len(v), self.config.rounds) and len(weights) == len(v),
                 f"{path} has {len(v)} rounds: {rounds} of them and {len(weights)} weights do not fit")
@@ -322,7 +314,6 @@ class Booster:
 
     def export_lora(self, folder: File) -> None:
         """The exact fp32 sum as one LoRA in PEFT's format: B = U C [out, k], A = V^T [k, in], alpha = k."""
-        require(self.k, "--export_lora: there is no round to export")
         tensors = {}
         for name, (U, _, V) in self.basis.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = V.T.contiguous().cpu()
@@ -334,8 +325,7 @@ class Booster:
         replace(file, lambda new: safetensors.torch.save_file(tensors, new, {"format": "pt"}))
         replace(about, lambda new: new.write_text(json.dumps(config, indent=2) + "\n"))
 
-# The loop ---------------------------------------------------------------------------------------------------
-# F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t), until t = T or F_t = {}.
+# The loop: F_t = {x : W_t is wrong on x}, v_t = fit(F_t), W_{t+1} = merge(v_0 .. v_t) -----------------------
 
 def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Record | None = None,
           tokenizer: Any = None) -> list[Record]:
@@ -347,8 +337,8 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         task.fit(examples, v, round)     -> dict of statistics; trains v in place
         task.effort                      optional: what training on an example costs, in evaluations
 
-    Tests run at the start, at the end and every `test_every` rounds. The same call again continues a run that
-    was broken off. Returns the lines of rounds.jsonl."""
+    Tests run at the start, at the end and every `test_every` rounds. The same call continues a broken run.
+    Returns the lines of rounds.jsonl."""
     out, config = Path(out), booster.config
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
@@ -376,8 +366,7 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         replace(out / "rounds.jsonl", lambda new: new.write_text("".join(to_json(r) + "\n" for r in records)))
         say(describe(records[-1], config.rounds))
         if t < 0 and found["failures"] and config.rounds:
-            each = seconds["evaluate"] / sum(map(len, [task.train, *task.tests.values()]))
-            say(f"          about {estimate(task, config, each, found['failures'])} to go")
+            say(f"          about {estimate(task, config, seconds['evaluate'], found['failures'])} to go")
     if hasattr(booster.model, "save_pretrained"):  # of transformers
         replace(out / "model", lambda new: [x.save_pretrained(new) for x in (booster.model, tokenizer) if x])
     say("\n" + "\n".join(describe(record, config.rounds) for record in records))
@@ -401,8 +390,7 @@ def failures(task: Any, examples: Sequence[Any], looked: Sequence[int]) -> tuple
     return [i for i, ok in zip(looked, right, strict=True) if not ok], metrics
 
 def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: int) -> Record:
-    """What the record says of the model after round t (-1: before any): F_{t+1}, what changed against F_t,
-    and, where it is due, the tests. Takes the round back first if `accept` wants that."""
+    """What the record says after round t (-1: before any), which `accept` may take back: F_{t+1}, tests."""
     config, everything, last = booster.config, [*range(len(task.train))], t + 1 == booster.config.rounds
     before = records[-1]["failed"] if records else everything
     right = sorted({*everything} - {*before})
@@ -422,18 +410,17 @@ def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: 
     for name, examples in task.tests.items() if due else ():
         wrong, metrics = failures(task, examples, range(len(examples)))
         base = records[0][f"{name}_failed"] if records else wrong
-        found |= {f"{name}_accuracy": 1 - len(wrong) / len(examples),
-                  **{f"{name}_{metric}": value for metric, value in metrics.items()},
-                  f"{name}_fixed": len({*base} - {*wrong}), f"{name}_regressed": len({*wrong} - {*base}),
-                  f"{name}_failed": wrong}
+        figures = {"accuracy": 1 - len(wrong) / len(examples), **metrics, "fixed": len({*base} - {*wrong}),
+                   "regressed": len({*wrong} - {*base}), "failed": wrong}
+        found |= {f"{name}_{figure}": value for figure, value in figures.items()}
     return {**found, "failed": failed}
 
-def estimate(task: Any, config: BoostConfig, each: float, failed: int, first: bool = False) -> timedelta:
-    """How long the run takes (first: with the first evaluation), at `each` s an example, if as many fail."""
+def estimate(task: Any, config: BoostConfig, seconds: float, failed: int) -> timedelta:
+    """How long the rounds take, if the evaluation of all examples took these seconds, and as many fail."""
     train, tests = len(task.train), sum(map(len, task.tests.values()))
     count = train if config.replay < 0 else min(train, int((1 + config.replay) * failed))
     each_round = getattr(task, "effort", 1) * count + failed + config.recheck * (train - failed)
-    return timedelta(seconds=round(each * (config.rounds * each_round + tests + first * (train + tests))))
+    return timedelta(seconds=round(seconds * (config.rounds * each_round + tests) / (train + tests)))
 
 def describe(r: Record, rounds: int) -> str:
     """The line of a round."""
@@ -448,8 +435,7 @@ def describe(r: Record, rounds: int) -> str:
     lines = ["  ".join(parts), r.get("fidelity", 1) < 0.5 and lost, r.get("note")]
     return "\n          ".join(filter(None, lines))
 
-# Generation -------------------------------------------------------------------------------------------------
-# argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO.
+# Generation: argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO --------------------------------
 # Why not model.generate: it keeps finished rows in the batch, encodes a prompt once for each completion, and
 # takes top_k, top_p and penalties from the model's files; a policy gradient needs the whole distribution.
 
@@ -505,9 +491,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     accepted = inspect.signature(model.base_model.forward).parameters
     options = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}  # before 5.24
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
-    start = torch.tensor([[width - len(p)] for p in prompts], device=device)
-    columns = torch.arange(width + draws.shape[1], device=device)
-    mask, positions = (columns >= start).long(), (columns - start).clamp(min=0)
+    positions = torch.tensor([range(len(p) - width, len(p) + draws.shape[1]) for p in prompts], device=device)
+    mask, positions = (positions >= 0).long(), positions.clamp(min=0)  # padding is before 0
     # Each prompt once, but for its last token, without the head: 8,192 tokens at a time.
     size = max(1, 8192 // len(prompts))
     for first in range(0, width - 1, size):
@@ -519,7 +504,6 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     stops = torch.tensor(stops, dtype=torch.long, device=device)
     alive = torch.arange(len(token), device=device)  # the rows that go on
     tokens, logprobs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
-    ended = torch.zeros_like(alive, dtype=torch.bool)
     for step in progress(range(draws.shape[1]), f"{label}, {len(alive)} rows, tokens"):
         seen = width + step
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :seen],
@@ -532,12 +516,12 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
         else:
             token = logits.argmax(-1)
         tokens[alive, step], logprobs[alive, step] = token, every.gather(-1, token[:, None]).squeeze(-1).log()
-        ended |= torch.isin(token, stops)
+        ended = torch.isin(tokens[alive, :step + 1], stops).any(-1)
         if ended.all():
             break
         if ended.float().mean() >= 1 / 8:  # leaving copies the cache, so an eighth leaves together
             keep = (~ended).nonzero().squeeze(-1)
-            alive, token, mask, positions, ended = (x[keep] for x in (alive, token, mask, positions, ended))
+            alive, token, mask, positions = (x[keep] for x in (alive, token, mask, positions))
             cache.batch_select_indices(keep)
     require(cache.get_seq_length() == seen, f"{type(model).__name__} does not use its cache")
     require(logprobs.isfinite().all(), "output is not finite: in a new --out, lower --lr or --dtype float32")
@@ -545,12 +529,10 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     rows = zip(tokens.tolist(), logprobs.tolist(), ends.tolist(), strict=True)
     return [(t[:end], p[:end]) for t, p, end in rows]
 
-# GRPO (arXiv 2402.03300) ------------------------------------------------------------------------------------
-# A_i = (r_i - mean) / std in a group of completions y_i of a prompt x; over the groups with variance,
-# loss = - sum_i A_i sum_j log pi(y_ij | x, y_i,<j) / sum_i |y_i|; one step of Adam on v_t.
+# GRPO (arXiv 2402.03300): loss = - sum_i A_i log pi(y_i | x) / tokens, A_i = (r_i - mean) / std -------------
 # What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is sampled from
-# the current weights and used for one step, so the ratio is 1 and a clip never acts (`logprob_gap` in the
-# record measures it); nothing ties the policy to a reference, as v starts from 0 and a round is short.
+# the current weights and used for one step, so the ratio is 1 (`policy_gradient` checks it) and a clip never
+# acts; nothing ties the policy to a reference, as v starts from 0 and a round is short.
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     """A_i = (r_i - mean) / std (the population's) by group, fp32 [groups, group_size]; 0 in flat ones."""
@@ -559,9 +541,9 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     return ((r - r.mean(1, keepdim=True)) / r.std(1, correction=0, keepdim=True)).masked_fill(flat, 0.0)
 
 def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
-                    advantages: Sequence[float], temperature: float) -> float:
-    """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, completions side by side, each
-    seeing the prompt and itself; the head in chunks, for memory. Returns sum |log pi here - in sampling|."""
+                    advantages: Sequence[float], temperature: float) -> None:
+    """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, its completions side by side,
+    each seeing the prompt and itself; first of the head, chunk by chunk: all logits never exist at once."""
     row, shared, targets = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1, []
     for j, (c, a) in enumerate(zip(completions, advantages, strict=True), 1):
         # From the prompt's last token on, at which the completion's first is predicted.
@@ -575,20 +557,20 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
         mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         options = {"attention_mask": mask[None, None], "position_ids": position}
     states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, shared:]
-    def logprobs(states: Tensor, tokens: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(states).float().div_(temperature)
-        return -nn.functional.cross_entropy(logits, tokens, reduction="none")
-    size = max(1, 2**25 // model.config.get_text_config().vocab_size)
-    chunks = zip(states.split(size), tokens.split(size), strict=True)
-    trained = torch.cat([checkpoint(logprobs, *chunk, use_reentrant=False) for chunk in chunks])
-    (-(weights * trained).sum()).backward()
-    return float((trained.detach() - sampled).abs().sum())
+    size, gap = max(1, 2**25 // model.config.get_text_config().vocab_size), 0.0  # positions of a chunk
+    leaf = states.detach().requires_grad_()
+    for x, token, log_pi, a in zip(*(y.split(size) for y in (leaf, tokens, sampled, weights)), strict=True):
+        logits = model.get_output_embeddings()(x).float().div_(temperature)
+        losses = nn.functional.cross_entropy(logits, token, reduction="none")  # - log pi
+        gap += float((losses.detach() + log_pi).abs().sum())
+        (a * losses).sum().backward()
+    require(not gap >= len(tokens), "training saw another policy: the model changes logits after its head")
+    states.backward(leaf.grad)
 
 def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Callable, v: Trained,
          config: GRPOConfig, round: int = 0, seed: int = 0) -> Record:
     """Train v (an adapter's, or a list of parameters) for one round: ceil(epochs x prompts / config.prompts)
-    times sample, reward(indices into prompts, texts) -> a number for each, advantages, one Adam step.
-    Of what it returns, flat_groups had no variance; logprob_gap: mean |log pi in training - in sampling|."""
+    times sample, reward(indices into prompts, texts) -> a number for each, advantages, one Adam step."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     shuffle, every, n = generator(seed, "order", round), [], config.group_size
@@ -596,8 +578,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
     order = [i for _ in passes for i in torch.randperm(len(ids), generator=shuffle).tolist()]
     about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
     masks = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
-    steps = trained = 0
-    gap = generating = 0.0
+    steps, generating = 0, 0.0
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), f"round {round + 1}"):
         start = time.perf_counter()
         chosen = order[step * size:(step + 1) * size]
@@ -616,20 +597,17 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
             room = (config.micro_batch_tokens - len(prompt)) // max(len(c.tokens) for c in group)
             cuts = range(0, n, max(1, room) if masks else 1)
             parts += [(prompt, group[k:k + cuts.step], advantages[j, k:k + cuts.step].tolist()) for k in cuts]
-        if not parts:
-            continue
-        optimizer.zero_grad()
-        for part in parts[process()::processes()]:
-            gap += policy_gradient(model, *part, config.temperature)
-        tokens = sum(len(completion.tokens) for part in parts for completion in part[1])
-        steps, trained = steps + 1, trained + tokens
-        descend(optimizer, config.max_grad_norm, tokens)
-    gap = sum(gather(gap)) / max(trained, 1)
-    require(not gap >= 1, "training saw another policy: the model changes its logits after its head")
-    note = {} if steps else {"note": "nothing could be learned, no group had variance: try more --group_size"}
+        if parts:
+            optimizer.zero_grad()
+            for part in parts[process()::processes()]:
+                policy_gradient(model, *part, config.temperature)
+            tokens = sum(len(completion.tokens) for part in parts for completion in part[1])
+            descend(optimizer, config.max_grad_norm, tokens)
+            steps += 1
+    note = {} if steps else {"note": "nothing could be learned: try more --max_new_tokens or --group_size"}
     flat = len(every) // n - int(group_advantages(every, n).any(1).sum())
-    return {"steps": steps, "completions": len(every), "flat_groups": flat, "logprob_gap": gap,
-            "reward": sum(every) / len(every), "seconds": {"generate": generating}, **note}
+    return {"steps": steps, "completions": len(every), "flat_groups": flat, "reward": sum(every) / len(every),
+            "seconds": {"generate": generating}, **note}
 
 def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float) -> None:
     """One step on the gradients, summed over processes, divided by `total` (at last, for fp16), clipped."""
@@ -643,8 +621,7 @@ def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float
     require(norm.isfinite(), "the gradient is not finite: in a new --out, lower --lr or --dtype float32")
     optimizer.step()
 
-# Cross-entropy, for a classifier ----------------------------------------------------------------------------
-# loss = - mean log p(label | x).
+# Cross-entropy, for a classifier: loss = - mean log p(label | x) --------------------------------------------
 
 def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: Trained, config: CEConfig,
                   round: int = 0) -> Record:
@@ -677,9 +654,9 @@ def gather(value: Any) -> list[Any]:
         dist.all_gather_object(values, value)
     return values
 
-def on_first_process(f: Callable[..., Any], *args: Any) -> Any:
+def on_first_process(f: Callable, *args: Any, **options: Any) -> Any:
     """f(*args), called by the first process alone: for files, and for rewards (a sandbox's could differ)."""
-    return gather(f(*args) if process() == 0 else None)[0]
+    return gather(f(*args, **options) if process() == 0 else None)[0]
 
 def say(text: str) -> None:
     if process() == 0:
@@ -702,8 +679,7 @@ def replace(path: File, write: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(new, ignore_errors=True)
     write(new)
-    if path.is_dir():
-        shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
     os.replace(new, path)
 
 def to_json(value: Any) -> str:
@@ -713,14 +689,13 @@ def to_json(value: Any) -> str:
         else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
-    """Lock a run folder until this process ends; returns its config.json. Refuses a run of other settings."""
+    """Lock a run folder until this process ends, and return its config.json. Names settings that differ."""
     import fcntl
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
         fcntl.lockf(os.open(path, os.O_WRONLY | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
     path = Path(out) / "config.json"
-    if not process():
-        load(lock, path.with_name(".lock"), advice=f"is {out} in use by another process?")
+    on_first_process(load, lock, path.with_name(".lock"), advice=f"is {out} in use by another process?")
     there = read_rows(path, "", "", ["data"])[0] if path.exists() else {}
     require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
     # A script claims the folder twice: before its data is read, and in `boost`, with it.
@@ -766,9 +741,8 @@ class FullFineTuning:
 
     def resume(self, path: Path, rounds: int) -> None:
         weights = load(safetensors.torch.load_file, path.with_name(f"weights-{rounds}.safetensors"))
-        mine = {name: p.shape for name, p in self.model.named_parameters()}
-        fits = mine == {name: weight.shape for name, weight in weights.items()}
-        require(fits, f"{path.parent} holds weights of another model: choose another --out")
+        mine, theirs = ({n: p.shape for n, p in x} for x in (self.model.named_parameters(), weights.items()))
+        require(mine == theirs, f"{path.parent} holds weights of another model: choose another --out")
         self.model.load_state_dict(weights, strict=False)
         self.done = rounds
 
@@ -851,8 +825,8 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
     return load(AutoModelForCausalLM.from_pretrained, args.model, dtype=args.dtype, advice=advice), tokenizer
 
 class TextTask:
-    """A task for `boost`, learned by GRPO. prompt(example) -> what is asked, in the model's chat template, if
-    any; grade(texts, examples) -> rewards, right from 1 on; lenient: a grade for the record alone."""
+    """A task for `boost`, learned by GRPO. prompt(example) -> what is asked, in the chat template, if there
+    is one; grade(texts, examples) -> rewards, right from 1 on; lenient: a grade for the record alone."""
     def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence, tests: dict[str, Sequence],
                  config: GRPOConfig, prompt: Callable, grade: Callable, lenient: Callable | None = None,
                  seed: int = 0):
@@ -915,8 +889,8 @@ def finish(args: RunConfig, config: BoostConfig, settings: Record, task: Any, to
     if not (args.demo or torch.cuda.is_available() or (Path(args.out) / "rounds.jsonl").exists()):
         some, start = sampled(task.train, 64, "estimate"), time.perf_counter()  # a batch like those to come
         failed = task.evaluate(some)[0].count(False) * len(task.train) // len(some)
-        each = (time.perf_counter() - start) / len(some)
-        left = estimate(task, config, each, failed, first=True)
+        whole = (time.perf_counter() - start) / len(some) * sum(map(len, [task.train, *task.tests.values()]))
+        left = timedelta(seconds=round(whole)) + estimate(task, config, whole, failed)
         say(f"no GPU: about {left} for this run, by a first batch; --demo shows the method in minutes")
     booster = (Booster if args.method == "boost" else FullFineTuning)(task.model, config)
     boost(booster, task, args.out, args.test_every, settings, tokenizer)

