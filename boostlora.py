@@ -11,15 +11,15 @@ The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) wh
                  P_{t,i} ~ N(0, 1/(u r)), fixed by (seed, t, module); v_t = 0 at first               (ours)
                  a group is a contiguous block of modules in depth order                             (ours)
         train v_t on F_t only, all weights frozen, by                                               (paper)
-            GRPO: n completions a prompt, A_i = (r_i - mean) / std inside the group                 (paper)
+            GRPO: n completions a prompt, A_i = (r_i - mean) / std among them                       (paper)
                   loss = - sum_i A_i log pi(y_i) / tokens, over the groups with variance             (ours)
-                  Adam anew each round, one step a fresh batch: ratio 1, so no ratio, clip or KL     (ours)
+                  Adam anew each round; one step a fresh batch, so the ratio is 1: no clip; no KL    (ours)
             or cross-entropy, for a classifier                                                      (paper)
             `replay` adds right examples to F_t: 0, but for the classifier                           (ours)
         W_{t+1}  <-  round(W_0 + sum_{s<=t} U_s S_s R_s V_s^T): merge, discard the adapter          (paper)
                   summed in fp32 from W_0 every round, rounded once to the weight's dtype            (ours)
                   a round that learned nothing, or was taken back, keeps its slice, with v_t = 0     (ours)
-    return W_T: an ordinary model; the rank of the sum is r T                                       (paper)
+    return W_T: an ordinary model; under ROTATE the rank of the sum is r T                          (paper)
 """
 import dataclasses
 import gzip
@@ -72,7 +72,7 @@ class Settings:
 class BoostConfig(Settings):
     """The boosting. With the base model and the vectors v it rebuilds the fine-tuned weights."""
     rounds: int = setting(10, "T: boosting rounds (the paper: 20)")
-    rank: int = setting(2, "r: singular triplets per round; the sum reaches rank r T (the paper: 2)")
+    rank: int = setting(2, "r: singular triplets per round; rotate's sum reaches rank r T (the paper: 2)")
     u: int = setting(1, "numbers per group of modules")
     groups: int = setting(12, "groups of modules, in depth order, that share a vector; 0: one per module")
     basis: Literal["rotate", "top", "top-decayed"] = setting(
@@ -96,7 +96,7 @@ class GRPOConfig(Settings):
 
 @dataclasses.dataclass
 class CEConfig(Settings):
-    """Cross-entropy on labelled batches."""
+    """Cross-entropy on labelled batches; the task makes them, and does the line search (train_protein)."""
     epochs: int = setting(1, "passes over the round's examples: fewer failures, fewer steps")
     batch_tokens: int = setting(8192, "tokens per step, padding included")
     lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
@@ -155,7 +155,7 @@ class TinyLoRA(nn.Module):
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
-    blocks are the nn.ModuleList with the most weights, of the language model where there are others."""
+    blocks are the nn.ModuleList with the most weights, in the language model of a multimodal one."""
     text = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in text}
     inside = [{f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
@@ -204,7 +204,7 @@ class Booster:
         return (rotated if basis == "rotate" else top), (top if basis == "top" else rotated)
 
     def P(self, name: str, t: int) -> Tensor:
-        """P_i [u, r, r] of round t. With std 1/sqrt(u r) a random v gives an R as large for every u and r."""
+        """P [u, r, r] of round t. With std 1/sqrt(u r) a random v gives an R as large for every u and r."""
         u, r = self.config.u, self.config.rank
         random = generator(self.config.seed, "P", t, list(self.targets).index(name))
         return torch.randn(u, r, r, generator=random) / math.sqrt(u * r)
@@ -233,7 +233,7 @@ class Booster:
         self.write()
 
     def rollback(self, n: int = 1) -> None:
-        """Take n rounds back: their v becomes 0, the weights get the bits of before."""
+        """Take the last n rounds back: their v becomes 0, the weights get the bits of before."""
         require(0 <= n <= len(self.vectors), f"rollback({n}): there are {len(self.vectors)} rounds")
         for v in self.vectors[len(self.vectors) - n:]:
             v.zero_()
@@ -390,13 +390,13 @@ def failures(task: Any, examples: Sequence[Any], looked: Sequence[int]) -> tuple
     return [i for i, ok in zip(looked, right, strict=True) if not ok], metrics
 
 def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: int) -> Record:
-    """What the record says after round t (-1: before any), which `accept` may take back: F_{t+1}, tests."""
+    """The record after round t (-1: before any): F_{t+1}, and tests. `accept` may take the round back."""
     config, everything, last = booster.config, [*range(len(task.train))], t + 1 == booster.config.rounds
     before = records[-1]["failed"] if records else everything
     right = sorted({*everything} - {*before})
     some = sampled(right, math.ceil(len(right) * (1 if last else config.recheck)), config.seed, "recheck", t)
     looked, found = sorted(before + some), {"round": t + 1}
-    failed, metrics = failures(task, task.train, looked)  # others were right, and stay so
+    failed, metrics = failures(task, task.train, looked)  # others are taken to stay right
     if not failed and looked != everything:  # before the run ends, look at all
         looked, (failed, metrics) = everything, failures(task, task.train, everything)
     if config.accept == "better" and records and len(failed) > len(before):
@@ -508,14 +508,14 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
         seen = width + step
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :seen],
                        position_ids=positions[:, seen - 1:seen], **options).logits[:, -1]
-        every = logits.float().div_(temperature or 1.0).softmax(-1)  # [rows, vocabulary]
+        pi = logits.float().div_(temperature or 1.0).softmax(-1)  # [rows, vocabulary]
         if temperature:  # invert the distribution function: so a row's draw is its own
-            cdf = every.cumsum(-1)
+            cdf = pi.cumsum(-1)
             point = (1 - draws[alive, step]) * cdf[:, -1]  # in (0, 1]: never a token of probability 0
-            token = torch.searchsorted(cdf, point[:, None]).squeeze(-1).clamp(max=cdf.shape[1] - 1)
+            token = torch.searchsorted(cdf, point[:, None]).squeeze(-1).clamp(max=cdf.shape[1] - 1)  # NaN
         else:
             token = logits.argmax(-1)
-        tokens[alive, step], logprobs[alive, step] = token, every.gather(-1, token[:, None]).squeeze(-1).log()
+        tokens[alive, step], logprobs[alive, step] = token, pi.gather(-1, token[:, None]).squeeze(-1).log()
         ended = torch.isin(tokens[alive, :step + 1], stops).any(-1)
         if ended.all():
             break
@@ -531,8 +531,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
 
 # GRPO (arXiv 2402.03300): loss = - sum_i A_i log pi(y_i | x) / tokens, A_i = (r_i - mean) / std -------------
 # What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is sampled from
-# the current weights and used for one step, so the ratio is 1 (`policy_gradient` checks it) and a clip never
-# acts; nothing ties the policy to a reference, as v starts from 0 and a round is short.
+# the current weights and used for one step, so the ratio is 1 (`policy_gradient` refuses far ones), a clip
+# never acts; nothing ties the policy to a reference, as v starts from 0 and a round is short.
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     """A_i = (r_i - mean) / std (the population's) by group, fp32 [groups, group_size]; 0 in flat ones."""
@@ -543,14 +543,14 @@ def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
 def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[Completion],
                     advantages: Sequence[float], temperature: float) -> None:
     """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, its completions side by side,
-    each seeing the prompt and itself; first of the head, chunk by chunk: all logits never exist at once."""
+    each seeing the prompt and itself. The head's comes first, in chunks: all logits never exist at once."""
     row, shared, targets = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1, []
     for j, (c, a) in enumerate(zip(completions, advantages, strict=True), 1):
         # From the prompt's last token on, at which the completion's first is predicted.
         row += [(token, j, shared + k) for k, token in enumerate(prompt[-1:] + c.tokens[:-1])]
         targets += [(token, logprob, a) for token, logprob in zip(c.tokens, c.logprobs, strict=True)]
     ids, owner, position = (torch.tensor([x], device=model.device) for x in zip(*row, strict=True))
-    tokens, sampled, weights = (torch.tensor(x, device=model.device) for x in zip(*targets, strict=True))
+    tokens, sampled, advantage = (torch.tensor(x, device=model.device) for x in zip(*targets, strict=True))
     options = {}
     if len(completions) > 1:  # else the model's own causal mask does
         sees = ((owner == 0) | (owner == owner.T)).tril()  # [position, position]
@@ -559,7 +559,7 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, shared:]
     size, gap = max(1, 2**25 // model.config.get_text_config().vocab_size), 0.0  # positions of a chunk
     leaf = states.detach().requires_grad_()
-    for x, token, log_pi, a in zip(*(y.split(size) for y in (leaf, tokens, sampled, weights)), strict=True):
+    for x, token, log_pi, a in zip(*(y.split(size) for y in (leaf, tokens, sampled, advantage)), strict=True):
         logits = model.get_output_embeddings()(x).float().div_(temperature)
         losses = nn.functional.cross_entropy(logits, token, reduction="none")  # - log pi
         gap += float((losses.detach() + log_pi).abs().sum())
@@ -569,15 +569,15 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
 
 def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Callable, v: Trained,
          config: GRPOConfig, round: int = 0, seed: int = 0) -> Record:
-    """Train v (an adapter's, or a list of parameters) for one round: ceil(epochs x prompts / config.prompts)
-    times sample, reward(indices into prompts, texts) -> a number for each, advantages, one Adam step."""
+    """Train v (an adapter's, or a list of parameters) for one round: `epochs` passes, config.prompts a step:
+    sample, reward(indices into prompts, texts) -> a number for each, advantages, one step of Adam."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     shuffle, every, n = generator(seed, "order", round), [], config.group_size
     size, passes = min(config.prompts, len(ids)), range(math.ceil(config.epochs) + 1)
     order = [i for _ in passes for i in torch.randperm(len(ids), generator=shuffle).tolist()]
     about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
-    masks = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
+    masked = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
     steps, generating = 0, 0.0
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), f"round {round + 1}"):
         start = time.perf_counter()
@@ -595,7 +595,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
         for j in advantages.any(1).nonzero().flatten().tolist():  # groups with variance
             prompt, group = ids[chosen[j]], done[j * n:(j + 1) * n]
             room = (config.micro_batch_tokens - len(prompt)) // max(len(c.tokens) for c in group)
-            cuts = range(0, n, max(1, room) if masks else 1)
+            cuts = range(0, n, max(1, room) if masked else 1)
             parts += [(prompt, group[k:k + cuts.step], advantages[j, k:k + cuts.step].tolist()) for k in cuts]
         if parts:
             optimizer.zero_grad()
@@ -626,7 +626,7 @@ def descend(optimizer: torch.optim.Optimizer, max_grad_norm: float, total: float
 def cross_entropy(model: nn.Module, batches: Callable[[], Iterable[tuple]], v: Trained, config: CEConfig,
                   round: int = 0) -> Record:
     """Train v for one round: `config.epochs` passes, an Adam step on the loss of each batch.
-    batches() -> an iterator of (the model's keyword inputs, labels [B])."""
+    batches() -> an iterator of (the model's keyword inputs, labels [B]), as many on every process."""
     model.eval()  # without dropout, as in evaluation
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     losses, data = [], (batch for _ in range(config.epochs) for batch in batches())
@@ -669,7 +669,7 @@ def progress(items: Iterable, label: str) -> Iterable:
 
 # The state of a run -----------------------------------------------------------------------------------------
 # adapters.safetensors and rounds.jsonl are replaced atomically, in this order. A round counts once its line
-# is there; one without is done again, with the same random numbers: a killed run ends with the same bits.
+# is there; one without is done again, with the same random numbers, on one machine to the same bits.
 
 def replace(path: File, write: Callable[[Path], Any]) -> None:
     """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder goes first)."""
@@ -689,7 +689,7 @@ def to_json(value: Any) -> str:
         else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
-    """Lock a run folder until this process ends, and return its config.json. Names settings that differ."""
+    """Lock a run folder until this process ends; what goes into config.json. Refuses settings that differ."""
     import fcntl
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
