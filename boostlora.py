@@ -151,7 +151,7 @@ class TinyLoRA(nn.Module):
 
 # Booster ----------------------------------------------------------------------------------------------------
 # W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) is a pure function of the vectors v_t: merge, rollback and load
-# call it with others. Adding each of 20 rounds, |R| = 1e-2, to a bf16 weight kept 58 % of them, this 95 %.
+# call it with others. Of 20 rounds with |R| = 1e-2 a bf16 weight kept 58 % if each was added, so 95 %.
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
@@ -689,7 +689,7 @@ def to_json(value: Any) -> str:
         else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
-    """Lock a run folder until this process ends; what goes into config.json. Refuses settings that differ."""
+    """Lock a run folder until this process ends; returns its config.json. InputError where settings differ."""
     import fcntl
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
