@@ -90,7 +90,7 @@ class GRPOConfig(Settings):
     group_size: int = setting(8, "completions per prompt: failures are hard, 4 would often all be wrong")
     max_new_tokens: int = setting(512, "tokens per completion: enough for GSM8K; MATH-500 needs 2048")
     temperature: float = setting(1.0, "of sampling; 1: the policy itself")
-    lr: float = setting(1e-2, "Adam's learning rate: how far each number moves in a step; .2 a round is good")
+    lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     micro_batch_tokens: int = setting(2048, "tokens of a prompt and completions per backward pass")
 
