@@ -88,7 +88,7 @@ class GRPOConfig(Settings):
     epochs: float = setting(1.0, "passes over the round's examples: fewer failures, fewer steps")
     prompts: int = setting(16, "prompts per optimiser step; with fewer failures, a step takes all")
     group_size: int = setting(8, "completions per prompt: failures are hard, 4 would often all be wrong")
-    max_new_tokens: int = setting(512, "tokens per completion: enough for GSM8K; MATH-500 needs 2048")
+    max_new_tokens: int = setting(512, "tokens per completion: a longer one is cut, and then mostly wrong")
     temperature: float = setting(1.0, "of sampling; 1: the policy itself")
     lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
@@ -337,8 +337,7 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         task.fit(examples, v, round)     -> dict of statistics; trains v in place
         task.effort                      optional: what training on an example costs, in evaluations
 
-    Tests run at the start, at the end and every `test_every` rounds. The same call continues a broken run.
-    Returns the lines of rounds.jsonl."""
+    Tests run first, last, every `test_every` rounds. The same call continues. Returns rounds.jsonl parsed."""
     out, config = Path(out), booster.config
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
@@ -352,8 +351,7 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         stats, clock = {}, time.perf_counter
         start = trained = merged = clock()
         if t >= 0:
-            v = booster.attach()
-            stats = task.fit(select(task.train, records[-1]["failed"], config, t), v, t)
+            stats = task.fit(select(task.train, records[-1]["failed"], config, t), booster.attach(), t)
             trained = clock()
             booster.merge()
             merged = clock()
@@ -431,8 +429,8 @@ def describe(r: Record, rounds: int) -> str:
     parts += [f"{name} {r[name]:.2f}" for name in ("norm", "fidelity") if name in r]
     parts += [f"rank {r['rank']['max']}"] if "rank" in r else []
     parts += [f"{timedelta(seconds=round(sum(r['seconds'].values())))}"]
-    lost = "rounding the weights loses more than half of the update: try --dtype float32"
-    lines = ["  ".join(parts), r.get("fidelity", 1) < 0.5 and lost, r.get("note")]
+    lines = ["  ".join(parts), r.get("note"), not r["failures"] and "all are right: nothing is left to learn",
+             r.get("fidelity", 1) < 0.5 and "rounding loses most of the update: try --dtype float32"]
     return "\n          ".join(filter(None, lines))
 
 # Generation: argmax for F_t; y_1 .. y_n ~ pi(. | x)^(1/temperature) for GRPO --------------------------------
@@ -573,12 +571,11 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
     sample, reward(indices into prompts, texts) -> a number for each, advantages, one step of Adam."""
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    shuffle, every, n = generator(seed, "order", round), [], config.group_size
-    size, passes = min(config.prompts, len(ids)), range(math.ceil(config.epochs) + 1)
+    shuffle, every, steps, generating = generator(seed, "order", round), [], 0, 0.0
+    n, size, passes = config.group_size, min(config.prompts, len(ids)), range(math.ceil(config.epochs) + 1)
     order = [i for _ in passes for i in torch.randperm(len(ids), generator=shuffle).tolist()]
     about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
     masked = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
-    steps, generating = 0, 0.0
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), f"round {round + 1}"):
         start = time.perf_counter()
         chosen = order[step * size:(step + 1) * size]
@@ -718,7 +715,7 @@ def resume(out: Path, learner: Any) -> list[Record]:
     require(records or not [*out.glob("*.safetensors")], f"{path} is missing: choose another --out")
     if done > 0:
         learner.resume(out / "adapters.safetensors", rounds=done)
-        say(f"{out} has {done} of {rounds} rounds")
+    say(f"{out} has {max(done, 0)} of {rounds} rounds{', so nothing is run' if done == rounds else ''}")
     gather(None)  # all processes have read the state before the first one changes it
     return records
 
@@ -806,7 +803,7 @@ def load(f: Callable, *args: Any, advice: str = "it is missing, damaged or forei
         loaded = f(*args, **options)
     except (OSError, ValueError, KeyError, TypeError, EOFError, safetensors.SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{args[0]} could not be loaded ({reason}): {advice}") from None
+        raise InputError(f"{args[0]} could not be opened ({reason}): {advice}") from None
     if isinstance(loaded, nn.Module) and loaded.device.type != "meta":
         loaded.to("cuda" if torch.cuda.is_available() else "cpu")
         for p in loaded.parameters():
@@ -848,7 +845,9 @@ class TextTask:
         done = generate(self.model, self.tokenizer, self.prompts(examples), label="evaluate",
                         max_new_tokens=self.config.max_new_tokens)
         texts = [completion.text for completion in done]
-        right = [grade >= 1 for grade in on_first_process(self.grade, texts, examples)]
+        grades = on_first_process(self.grade, texts, examples)
+        require(hasattr(grades, "__len__"), f"grade must return a number for each text, not {grades!r}")
+        right = [grade >= 1 for grade in grades]
         more = {"lenient_accuracy": sum(self.lenient(texts, examples)) / len(texts)} if self.lenient else {}
         return right, more
 
@@ -877,7 +876,8 @@ def pretrain(model: nn.Module, batch: Callable[[], dict[str, Tensor]], steps: in
     """A demo's base model: AdamW on the model's own loss of batch(), its keyword inputs with `labels`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
-    for _ in progress(range(steps), "pre-training the demo's base model"):
+    print("pre-training the demo's base model, for less than a minute", flush=True)
+    for _ in progress(range(steps), "pre-training"):
         optimizer.zero_grad()
         model(**batch()).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -595,7 +595,7 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
     check("seed 0 there, 1 here", config=dataclasses.replace(CONFIG, seed=1))
     check("lr 1 there, None here.*top_p None there, 1 here", settings={"top_p": 1})
     check("another base model", learner=lambda _, config: Booster(esm(bf16), config))
-    check("weights-4.safetensors could not be loaded", learner=FullFineTuning)
+    check("weights-4.safetensors could not be opened", learner=FullFineTuning)
     boostlora.safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "weights-4.safetensors")
     check("weights of another model", learner=FullFineTuning)
     (tmp_path / "weights-4.safetensors").unlink()
@@ -656,12 +656,14 @@ class Script:
         self.booster = Booster(self.model, BoostConfig(**options))
         return boost(self.booster, self, out)
 
-def test_the_loop_stops_when_nothing_fails_and_refuses_no_data(tmp_path):
+def test_the_loop_stops_when_nothing_fails_and_refuses_no_data(tmp_path, capsys):
     task = Script({3, 4}, {50}, {})
     records = task.run(tmp_path, rounds=9)
     assert len(records) == 2 and task.trained == [[3, 4]] and records[1]["held_failed"] == [0]
     assert same_bits(bits(task.model), bits(saved(tmp_path)))
     assert len(Script({3, 4}).run(tmp_path / "evaluated", rounds=0)) == 1
+    Script(set()).run(tmp_path / "right", rounds=9)  # with the first: said at once, and in the table
+    assert capsys.readouterr().out.count("all are right: nothing is left to learn") == 4
     task.evaluate = lambda examples: ([True], {})
     with refused("1 labels for 12 examples"):
         task.run(tmp_path / "short", rounds=9)
@@ -757,6 +759,9 @@ def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path):
     texts = [c.text for c in generate(model, tokenizer, data, max_new_tokens=12)]
     assert records[-1]["failed"] == [i for i, text in enumerate(texts) if text.count("+") < 3]
     assert records[-1]["train_lenient_accuracy"] == sum("####" in text for text in texts) / 7
+    task.grade = lambda texts, examples: 1.0
+    with refused("a number for each text, not 1.0"):
+        task.evaluate(data)
     task.config.lr = 0.2
     with refused("lr 0.1 there, 0.2 here"):
         boost(Booster(model, BoostConfig(rounds=2, groups=0, u=4)), task, tmp_path)
@@ -797,7 +802,7 @@ def test_the_real_path_on_a_small_model_that_cannot_learn(toy, flags, tmp_path, 
     base, merged = (AutoModelForCausalLM.from_pretrained(f) for f in (toy, tmp_path / "run" / "model"))
     assert same_bits(bits(base), bits(merged)) and (tmp_path / "run/lora/adapter_config.json").exists()
     run_math(monkeypatch, *flags, "--micro_batch_tokens", 99)
-    assert "has 1 of 1 rounds" in capsys.readouterr().out  # memory flags may change when a run goes on
+    assert "has 1 of 1 rounds, so nothing is run" in capsys.readouterr().out  # memory flags may change
     with refused("lr 0.01 there, 0.1 here"):
         run_math(monkeypatch, *flags, "--lr", 0.1)
 
@@ -828,7 +833,7 @@ def test_bad_models_and_flags_are_refused_with_a_way_out(toy, flags, tmp_path, m
     hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=400)).save_pretrained(gpt2)
     for message, *more in [
             ("nowhere.*--demo", "--model", tmp_path / "nowhere"), ("no chat template", "--model", silent),
-            ("Conv1D", "--model", gpt2), ("cut could not be loaded.*--demo", "--model", cut),
+            ("Conv1D", "--model", gpt2), ("cut could not be opened.*--demo", "--model", cut),
             ("lower --rank", "--rank", 99), ("its own", "--demo"), ("wrong steals", "--demo_wrong", "steals"),
             ("rounds small steps away", "--method", "full", "--dtype", "bfloat16"),
             ("room for", "--max_new_tokens", 128), ("not with", "--method", "full", "--export_lora")]:
