@@ -21,6 +21,7 @@ The algorithm, in the paper's symbols. Each line is marked (paper), or (ours) wh
                   a round that learned nothing, or was taken back, keeps its slice, with v_t = 0     (ours)
     return W_T: an ordinary model; under ROTATE the rank of the sum is r T                          (paper)
 """
+import ctypes
 import dataclasses
 import gzip
 import hashlib
@@ -141,8 +142,8 @@ class TinyLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> the update's output [..., out]."""
-        if torch.is_grad_enabled() or self.version != self.v._version:  # sampling forms R V^T once for a v
-            self.folded, self.version = self.down().to(x.dtype), self.v._version
+        if torch.is_grad_enabled() or self.version != self.v._version:  # torch counts the changes of v
+            self.folded, self.version = self.down().to(x.dtype), self.v._version  # so once while sampling
         return nn.functional.linear(nn.functional.linear(x, self.folded), self.up)
 
     def delta(self) -> Tensor:
@@ -151,15 +152,15 @@ class TinyLoRA(nn.Module):
 
 # Booster ----------------------------------------------------------------------------------------------------
 # W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) is a pure function of the vectors v_t: merge, rollback and load
-# call it with others. Of 20 rounds with |R| = 1e-2 a bf16 weight kept 58 % if each was added, so 95 %.
+# change their list and call `write`. Of the updates of 20 rounds, |R| = 1e-2, a bf16 weight kept 58 % where
+# each was added to it and rounded, 95 % where their sum was, as here.
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
     blocks are the nn.ModuleList with the most weights, in the language model of a multimodal one."""
     text = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m in text}
-    inside = [{f"{prefix}.{name}": m for name, m in blocks.named_modules() if isinstance(m, nn.Linear)}
-              for prefix, blocks in lists.items()]
+    inside = [{f"{prefix}.{name}": m for name, m in part.named_modules() if isinstance(m, nn.Linear)}
+              for prefix, part in model.named_modules() if isinstance(part, nn.ModuleList) and part in text]
     targets = max(inside, key=lambda linears: sum(m.weight.numel() for m in linears.values()), default={})
     require(targets, f"{type(model).__name__} has no nn.ModuleList of blocks with an nn.Linear (not Conv1D)")
     return targets
@@ -318,9 +319,8 @@ class Booster:
         for name, (U, _, V) in self.basis.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = V.T.contiguous().cpu()
             tensors[f"base_model.model.{name}.lora_B.weight"] = (U @ self.core(name).to(U.device)).cpu()
-        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
-        config = {"peft_type": "LORA", "r": self.k, "lora_alpha": self.k, "lora_dropout": 0.0, "bias": "none",
-                  "target_modules": [*self.targets], "base_model_name_or_path": base}
+        config = {"peft_type": "LORA", "r": self.k, "lora_alpha": self.k, "target_modules": [*self.targets],
+                  "bias": "none", "base_model_name_or_path": getattr(self.model, "name_or_path", None)}
         file, about = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_config.json"
         replace(file, lambda new: safetensors.torch.save_file(tensors, new, {"format": "pt"}))
         replace(about, lambda new: new.write_text(json.dumps(config, indent=2) + "\n"))
@@ -390,11 +390,11 @@ def failures(task: Any, examples: Sequence[Any], looked: Sequence[int]) -> tuple
 def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: int) -> Record:
     """The record after round t (-1: before any): F_{t+1}, and tests. `accept` may take the round back."""
     config, everything, last = booster.config, [*range(len(task.train))], t + 1 == booster.config.rounds
-    before = records[-1]["failed"] if records else everything
-    right = sorted({*everything} - {*before})
-    some = sampled(right, math.ceil(len(right) * (1 if last else config.recheck)), config.seed, "recheck", t)
-    looked, found = sorted(before + some), {"round": t + 1}
-    failed, metrics = failures(task, task.train, looked)  # others are taken to stay right
+    before = records[-1]["failed"] if records else everything  # of the base model nothing is known
+    right, found = sorted({*everything} - {*before}), {"round": t + 1}
+    share = 1 if last else config.recheck
+    looked = sorted(before + sampled(right, math.ceil(len(right) * share), config.seed, "recheck", t))
+    failed, metrics = failures(task, task.train, looked)  # right ones not looked at are taken to stay right
     if not failed and looked != everything:  # before the run ends, look at all
         looked, (failed, metrics) = everything, failures(task, task.train, everything)
     if config.accept == "better" and records and len(failed) > len(before):
@@ -465,9 +465,9 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     return [Completion(tokenizer.decode(t, skip_special_tokens=True), t, p) for _, t, p in rows]
 
 def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int) -> int:
-    """How many of the prompts, of these lengths, the longest first, go into one batch. Keys, values and four
-    fp32 copies of the logits of n rows each must fit in half of a GPU's free memory (as a power of two: so
-    batches, and roundings, seldom change), on a CPU in 2 GiB; an eighth + 2,048 tokens may be padding."""
+    """How many of the prompts, by their lengths, longest first, make a batch: n rows each, whose keys, values
+    and four fp32 copies of the logits fit in half of a GPU's free memory (as a power of two: so batches, and
+    roundings, seldom change), on a CPU in 2 GiB; an eighth of the prompts + 2,048 tokens may be padding."""
     c, memory, longest = model.config.get_text_config(), 2**31, lengths[0]
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -509,8 +509,8 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
         pi = logits.float().div_(temperature or 1.0).softmax(-1)  # [rows, vocabulary]
         if temperature:  # invert the distribution function: so a row's draw is its own
             cdf = pi.cumsum(-1)
-            point = (1 - draws[alive, step]) * cdf[:, -1]  # in (0, 1]: never a token of probability 0
-            token = torch.searchsorted(cdf, point[:, None]).squeeze(-1).clamp(max=cdf.shape[1] - 1)  # NaN
+            point = (1 - draws[alive, step])[:, None] * cdf[:, -1:]  # > 0: never a token of probability 0
+            token = torch.searchsorted(cdf, point)[:, 0].clamp(max=cdf.shape[1] - 1)  # NaN is refused below
         else:
             token = logits.argmax(-1)
         tokens[alive, step], logprobs[alive, step] = token, pi.gather(-1, token[:, None]).squeeze(-1).log()
@@ -523,14 +523,12 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
             cache.batch_select_indices(keep)
     require(cache.get_seq_length() == seen, f"{type(model).__name__} does not use its cache")
     require(logprobs.isfinite().all(), "output is not finite: in a new --out, lower --lr or --dtype float32")
-    ends = (torch.isin(tokens, stops).int().cummax(-1).values == 0).sum(-1) + 1
-    rows = zip(tokens.tolist(), logprobs.tolist(), ends.tolist(), strict=True)
-    return [(t[:end], p[:end]) for t, p, end in rows]
+    ends = (torch.isin(tokens, stops).int().cummax(-1).values == 0).sum(-1) + 1  # through the first stop
+    return [(t[:end], p[:end]) for t, p, end in zip(tokens.tolist(), logprobs.tolist(), ends.tolist())]
 
 # GRPO (arXiv 2402.03300): loss = - sum_i A_i log pi(y_i | x) / tokens, A_i = (r_i - mean) / std -------------
-# What a reader may look for in vain: the ratio pi/pi_old, its clip, the KL term. Each batch is sampled from
-# the current weights and used for one step, so the ratio is 1 (`policy_gradient` refuses far ones), a clip
-# never acts; nothing ties the policy to a reference, as v starts from 0 and a round is short.
+# No ratio pi/pi_old, no clip, no KL term: a batch is sampled from the current weights and used for one step,
+# so the ratio is 1 (`policy_gradient` refuses far ones); a round starts from v = 0 and is short.
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     """A_i = (r_i - mean) / std (the population's) by group, fp32 [groups, group_size]; 0 in flat ones."""
@@ -544,11 +542,11 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     each seeing the prompt and itself. The head's comes first, in chunks: all logits never exist at once."""
     row, shared, targets = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1, []
     for j, (c, a) in enumerate(zip(completions, advantages, strict=True), 1):
-        # From the prompt's last token on, at which the completion's first is predicted.
+        # (token, owner, position), from the prompt's last token on: it predicts the completion's first.
         row += [(token, j, shared + k) for k, token in enumerate(prompt[-1:] + c.tokens[:-1])]
         targets += [(token, logprob, a) for token, logprob in zip(c.tokens, c.logprobs, strict=True)]
     ids, owner, position = (torch.tensor([x], device=model.device) for x in zip(*row, strict=True))
-    tokens, sampled, advantage = (torch.tensor(x, device=model.device) for x in zip(*targets, strict=True))
+    tokens, drawn, advantage = (torch.tensor(x, device=model.device) for x in zip(*targets, strict=True))
     options = {}
     if len(completions) > 1:  # else the model's own causal mask does
         sees = ((owner == 0) | (owner == owner.T)).tril()  # [position, position]
@@ -557,10 +555,10 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
     states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, shared:]
     size, gap = max(1, 2**25 // model.config.get_text_config().vocab_size), 0.0  # positions of a chunk
     leaf = states.detach().requires_grad_()
-    for x, token, log_pi, a in zip(*(y.split(size) for y in (leaf, tokens, sampled, advantage)), strict=True):
+    for x, token, log_pi, a in zip(*(y.split(size) for y in (leaf, tokens, drawn, advantage)), strict=True):
         logits = model.get_output_embeddings()(x).float().div_(temperature)
         losses = nn.functional.cross_entropy(logits, token, reduction="none")  # - log pi
-        gap += float((losses.detach() + log_pi).abs().sum())
+        gap += float((losses.detach() + log_pi).abs().sum())  # refused from 1 a token on; NaN, in `descend`
         (a * losses).sum().backward()
     require(not gap >= len(tokens), "training saw another policy: the model changes logits after its head")
     states.backward(leaf.grad)
@@ -572,8 +570,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
     optimizer = torch.optim.Adam([v] if isinstance(v, nn.Parameter) else v, lr=config.lr)
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     shuffle, every, steps, generating = generator(seed, "order", round), [], 0, 0.0
-    n, size, passes = config.group_size, min(config.prompts, len(ids)), range(math.ceil(config.epochs) + 1)
-    order = [i for _ in passes for i in torch.randperm(len(ids), generator=shuffle).tolist()]
+    n, size, passes = config.group_size, min(config.prompts, len(ids)), math.ceil(config.epochs) + 1
+    order = [i for _ in range(passes) for i in torch.randperm(len(ids), generator=shuffle).tolist()]
     about = model.config.get_text_config()  # flash attention and sliding windows take no mask of ours
     masked = about._attn_implementation in ("sdpa", "eager") and not getattr(about, "sliding_window", None)
     for step in progress(range(math.ceil(config.epochs * len(ids) / size)), f"round {round + 1}"):
@@ -601,6 +599,7 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
             tokens = sum(len(completion.tokens) for part in parts for completion in part[1])
             descend(optimizer, config.max_grad_norm, tokens)
             steps += 1
+            getattr(ctypes.CDLL(None), "malloc_trim", abs)(0)  # else Linux keeps the holes in the heap
     note = {} if steps else {"note": "nothing could be learned: try more --max_new_tokens or --group_size"}
     flat = len(every) // n - int(group_advantages(every, n).any(1).sum())
     return {"steps": steps, "completions": len(every), "flat_groups": flat, "reward": sum(every) / len(every),
@@ -814,11 +813,11 @@ def load_language_model(args: RunConfig, boosting: BoostConfig) -> tuple[nn.Modu
     """The causal language model and its tokenizer, checked before the weights are loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     advice = "--model takes a folder or a name on the Hub of a causal language model; --demo needs neither"
-    config = load(AutoConfig.from_pretrained, args.model, advice=advice)
+    base = load(AutoConfig.from_pretrained, args.model, advice=advice)
     tokenizer = load(AutoTokenizer.from_pretrained, args.model, advice=advice)
     require(tokenizer.chat_template, f"--model {args.model} has no chat template: use an instruct model")
     with torch.device("meta"):
-        check_fit(load(AutoModelForCausalLM.from_config, config, advice=advice), boosting)
+        check_fit(load(lambda _: AutoModelForCausalLM.from_config(base), args.model, advice=advice), boosting)
     return load(AutoModelForCausalLM.from_pretrained, args.model, dtype=args.dtype, advice=advice), tokenizer
 
 class TextTask:
@@ -847,9 +846,8 @@ class TextTask:
         texts = [completion.text for completion in done]
         grades = on_first_process(self.grade, texts, examples)
         require(hasattr(grades, "__len__"), f"grade must return a number for each text, not {grades!r}")
-        right = [grade >= 1 for grade in grades]
         more = {"lenient_accuracy": sum(self.lenient(texts, examples)) / len(texts)} if self.lenient else {}
-        return right, more
+        return [grade >= 1 for grade in grades], more
 
     def fit(self, examples: Sequence[Any], v: Trained, round: int) -> Record:
         return grpo(self.model, self.tokenizer, self.prompts(examples),

@@ -827,13 +827,15 @@ def test_bad_data_is_refused_by_file_and_row(flags, tmp_path, monkeypatch, rows,
         run_math(monkeypatch, *flags)
 
 def test_bad_models_and_flags_are_refused_with_a_way_out(toy, flags, tmp_path, monkeypatch):
-    silent, gpt2, cut = (shutil.copytree(toy, tmp_path / name) for name in ("silent", "gpt2", "cut"))
+    silent, gpt2, cut, other = (shutil.copytree(toy, tmp_path / n) for n in ("silent", "gpt2", "cut", "esm"))
     (silent / "chat_template.jinja").unlink()
     (cut / "model.safetensors").write_bytes(b"{")
+    hf.EsmConfig(vocab_size=31).save_pretrained(other)
     hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=400)).save_pretrained(gpt2)
     for message, *more in [
             ("nowhere.*--demo", "--model", tmp_path / "nowhere"), ("no chat template", "--model", silent),
             ("Conv1D", "--model", gpt2), ("cut could not be opened.*--demo", "--model", cut),
+            ("esm could not be opened", "--model", other),
             ("lower --rank", "--rank", 99), ("its own", "--demo"), ("wrong steals", "--demo_wrong", "steals"),
             ("rounds small steps away", "--method", "full", "--dtype", "bfloat16"),
             ("room for", "--max_new_tokens", 128), ("not with", "--method", "full", "--export_lora")]:
