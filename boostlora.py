@@ -152,7 +152,7 @@ class TinyLoRA(nn.Module):
 
 # Booster ----------------------------------------------------------------------------------------------------
 # W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) is a pure function of the vectors v_t: merge, rollback and load
-# change their list and call `write`. Of the updates of 20 rounds, |R| = 1e-2, a bf16 weight kept 58 % where
+# change them and call `write`. Of the updates of 20 rounds, |R| = 1e-2, a bf16 weight kept 58 % where
 # each was added to it and rounded, 95 % where their sum was, as here.
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
@@ -685,7 +685,8 @@ def to_json(value: Any) -> str:
         else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
-    """Lock a run folder until the process ends; returns its config.json. InputError where settings differ."""
+    """Lock a run folder until the process ends. Returns what its config.json is to hold; InputError where
+    settings differ from those there."""
     import fcntl
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -784,7 +785,7 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
 def run(main: Callable[[], None]) -> None:
     """Call main, alone or under torchrun. A user's mistake and Ctrl-C end in one sentence."""
     try:
-        if "RANK" in os.environ:  # two hours, as the others wait while the first may download or grade
+        if "LOCAL_RANK" in os.environ:  # two hours, as the others wait while the first may download or grade
             if gpu := torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=2))
@@ -800,7 +801,7 @@ def load(f: Callable, *args: Any, advice: str = "it is missing, damaged or forei
     """f(*args), a model on this process's device, where a library's error becomes one sentence."""
     try:
         loaded = f(*args, **options)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, safetensors.SafetensorError) as error:
+    except Exception as error:  # noqa: BLE001 - of whatever library opens the user's file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{args[0]} could not be opened ({reason}): {advice}") from None
     if isinstance(loaded, nn.Module) and loaded.device.type != "meta":
@@ -828,6 +829,7 @@ class TextTask:
                  seed: int = 0):
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.train, self.tests, self.prompt, self.grade, self.lenient = train, tests, prompt, grade, lenient
+        require("train" not in tests, "a test set cannot be called train, as the training set's figures are")
         self.effort = 1.5 * config.epochs * config.group_size  # training costs half of sampling
         ids = tokenizer(self.prompts(sum(map(list, tests.values()), list(train))))["input_ids"]
         room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)

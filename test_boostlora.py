@@ -3,23 +3,9 @@
     pytest                                 some minutes on 2 cores; half of it is the demo, run and killed
     BOOSTLORA_DATA=folder pytest           also on the real data sets, from the files in that folder"""
 
-import ast
-import contextlib
-import dataclasses
-import inspect
-import itertools
-import json
-import math
-import os
-import random
-import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
+# isort: off
+import ast, contextlib, dataclasses, inspect, itertools, json, math, os, random, re, shutil, signal, socket
+import subprocess, sys, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,14 +17,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import boostlora
-import train_code
-import train_math
-import train_protein
-
-from boostlora import (BoostConfig, Booster, CEConfig, FullFineTuning, GRPOConfig, InputError,  # isort: skip
-                       RunConfig, TextTask, TinyLoRA, batch_size, boost, cross_entropy, find_targets,
-                       generate, generator, group_advantages, grpo, svd_basis)
+import boostlora, train_code, train_math, train_protein
+from boostlora import (
+    BoostConfig, Booster, CEConfig, FullFineTuning, GRPOConfig, InputError, RunConfig, TextTask, TinyLoRA,
+    batch_size, boost, cross_entropy, find_targets, generate, generator, group_advantages, grpo, svd_basis)
 from train_code import Sandbox
 from train_math import grade
 from train_protein import PairClassifier, ProteinTask, load_pairs
@@ -808,7 +790,7 @@ def test_the_real_path_on_a_small_model_that_cannot_learn(toy, flags, tmp_path, 
 
 @pytest.mark.parametrize(("method", "lr", "moves"), [("boost", 0.1, 21), ("full", 0.001, 38)])
 def test_the_real_path_learns(toy, flags, tmp_path, monkeypatch, method, lr, moves):
-    monkeypatch.setattr(train_math, "grades", lambda texts, _: [i % 2 for i in range(len(texts))])
+    monkeypatch.setattr(train_math, "grades", lambda texts, _, strict=1: [i % 2 for i in range(len(texts))])
     run_math(monkeypatch, *flags, "--method", method, "--lr", lr, "--limit", 5)
     base, merged = (bits(AutoModelForCausalLM.from_pretrained(folder))
                     for folder in (toy, tmp_path / "run" / "model"))
@@ -818,7 +800,8 @@ def test_the_real_path_learns(toy, flags, tmp_path, monkeypatch, method, lr, mov
 @pytest.mark.parametrize(("rows", "named"), [
     (None, "No such file"), ([], "is empty"), (['{"question": '], "line 1 column .*one JSON object a line"),
     ([ROWS[0], {"question": "why?"}], "line 2: the field 'answer' is missing"),
-    ([ROWS[0], {"question": "why?", "answer": "####  "}], "row 2: the answer '' cannot be graded")])
+    ([ROWS[0], {"question": "why?", "answer": "####  "}], "row 2: the answer '' cannot be graded"),
+    ([ROWS[0], {"question": "why?", "answer": None}], "row 2: 'answer' is neither")])
 def test_bad_data_is_refused_by_file_and_row(flags, tmp_path, monkeypatch, rows, named):
     path = tmp_path / "rows.jsonl"
     path.unlink() if rows is None else write_jsonl(path, rows)
@@ -836,6 +819,7 @@ def test_bad_models_and_flags_are_refused_with_a_way_out(toy, flags, tmp_path, m
             ("nowhere.*--demo", "--model", tmp_path / "nowhere"), ("no chat template", "--model", silent),
             ("Conv1D", "--model", gpt2), ("cut could not be opened.*--demo", "--model", cut),
             ("esm could not be opened", "--model", other),
+            ("called train", "--test_file", shutil.copy(tmp_path / "rows.jsonl", tmp_path / "train.jsonl")),
             ("lower --rank", "--rank", 99), ("its own", "--demo"), ("wrong steals", "--demo_wrong", "steals"),
             ("rounds small steps away", "--method", "full", "--dtype", "bfloat16"),
             ("room for", "--max_new_tokens", 128), ("not with", "--method", "full", "--export_lora")]:
@@ -863,6 +847,8 @@ GRADES = [  # completion, answer, only boxed answers count?, right?
     ("The answer is x^2. We are done.", "x^2", False, True), ("so it is x^2", "x^2", False, False),
     (r"\boxed{\$18.00}", "18", True, True), (r"\boxed{18 \text{ dollars}}", "18", True, True),
     (r"\boxed{1{,}080}", r"1,\!080", True, True), (r"\boxed{70\%}", "70", True, True),
+    (r"\boxed{2 \text{ hours } 30 \text{ minutes}}", "2", True, False),
+    ("The answer is 5 apples for 2 days", "5", False, True), (r"\boxed{5 \text{ of } 7}", "5", True, False),
     (r"\boxed{-5}", "5", True, False), (r"\boxed{1.5 \times 10^{3}}", "1500", True, True),
     (r"\boxed{0.333333}", r"\frac13", True, True), (r"\boxed{0.33}", r"\frac13", True, False),
     (r"\boxed{-q + p}", "p - q", True, True), (r"\boxed{q - p}", "p - q", True, False),
@@ -985,7 +971,10 @@ ATTACKS = {
     "loopback": "socket.create_connection(('127.0.0.1', {port}))", "write": "open('{tmp}/evil', 'w')",
     "read secret": "open('{tmp}/secret').read()", "stat": "os.stat('{file}')",
     "link": "os.symlink('{tmp}/secret', 's')\nopen('s').read()", "list": "os.listdir('{project}')",
-    "write library": "open(os.__file__, 'a')", "chmod library": "os.chmod(os.__file__, 0o777)"}
+    "write library": "open(os.__file__, 'a')", "chmod library": "os.chmod(os.__file__, 0o777)",
+    "fchmod": "os.fchmod(os.open('own', 66), 0o444)", "datagram": "socket.socketpair(1, 2)",
+    "closed folder": "os.mkdir('d', 0o300)\nopen('d/x', 'w')\n1/0",
+    "shmctl": "c = ctypes.CDLL(None, use_errno=True)\nc.shmctl(-1, 2, 0)\nassert ctypes.get_errno() != 1"}
 EQUAL = """class Same{0}:
     __hash__ = None
     __eq__ = __contains__ = __lt__ = __gt__ = __le__ = __ge__ = lambda a, b: True
@@ -1028,6 +1017,7 @@ VALUES = [  # code, tests, verdict: the tests see what they would see without a 
     ("def f(x): return datetime(2020, 1, x, tzinfo=timezone.utc), Fraction(x, 3), 1j, None, int",
      "assert f(2) == (datetime(2020, 1, 2, tzinfo=timezone.utc), Fraction(2, 3), 1j, None, int)", True),
     ("def f(x):\n    for n in range(x): yield n", "assert sum(f(4)) == 6 and set(f(2)) == {0, 1}", True),
+    ("def f(x): return [s.close() for s in socket.socketpair()]", "assert f(1) == [None, None]", True),
     ("def f(x): return 'x' * 10**8", "f(1)", False)]
 
 def alive(folder):
@@ -1070,12 +1060,14 @@ def test_values_cross_the_processes_as_they_are(namespaces):
     assert [row for row, ok in zip(VALUES, verdicts, strict=True) if ok != row[2]] == []
 
 def test_the_sandbox_refuses_what_it_cannot_do(monkeypatch):
+    with pytest.warns(UserWarning, match="empty program"), refused("raise --wall_seconds"):
+        Sandbox(1, wall_seconds=0.001)
     monkeypatch.setattr(train_code, "PROGRAM", train_code.PROGRAM.replace('"unshare", ', '"unshare", 1 | '))
     with pytest.warns(UserWarning, match="No file system .*unshare") as caught:
         sandbox = Sandbox(2)
     assert len(caught) == 1 and sandbox.run([(RIGHT, TESTS), (WRONG, TESTS)]) == [True, False]
     monkeypatch.setattr(sys, "platform", "darwin")
-    with refused("Linux only"):
+    with refused("needs Linux"):
         Sandbox()
 
 def test_a_virtual_environment_does_not_show_the_project_around_it(tmp_path):
@@ -1130,12 +1122,15 @@ def test_mbpp_is_split_by_task_id_and_humaneval_is_only_a_test(tmp_path):
     train, tests = train_code.load_data(RunConfig(train_file=f"{mbpp}", test_file=f"{mbpp},{human}"))
     assert [p["task_id"] for p in train] == [601, 974] and [*tests] == ["mbpp", "humaneval"]
     assert [p["task_id"] for p in tests["mbpp"]] == [11, 510]
+    with refused("two files have one name"):
+        train_code.load_data(RunConfig(train_file=f"{mbpp}", test_file=f"{human},{human}"))
     with refused("training task_ids, 601 to 974"):
         train_code.load_data(RunConfig(train_file=f"{human}", test_file=f"{human}"))
 
 @pytest.mark.parametrize(("row", "message"), [
     ({"text": "Add."}, "line 2: the field 'task_id'"), (MBPP | {"text": ""}, "row 2: .*'text' or"),
-    ({"task_id": 11, "text": "Add."}, "row 2: .*KeyError.'test_list'"),
+    ({"task_id": 11, "text": "Add."}, "row 2: .*KeyError.'test_list'"), (MBPP | {"text": 5}, "row 2: .*str"),
+    (HUMANEVAL | {"test": "pass"}, "row 2: .*'test' does not define check"),
     (MBPP | {"test_list": ["assert f(1) == "]}, "row 2: .*SyntaxError"),
     (HUMANEVAL | {"entry_point": "h"}, "row 2: .*'prompt' does not define the entry_point 'h'")])
 def test_a_bad_row_is_named(row, message, tmp_path):
@@ -1201,18 +1196,21 @@ def protein_task():
 
 def test_rows_are_counted_by_reason(tmp_path, capsys):
     rows = ['"mk, lx",ACD,1e-8,1ABC,no_mutation', "MK,ACD,1e-7,1abc,applied", "MK,ACD,1e-9,1ABC,not_applied",
-            " ,ACD,1e-9,1ABC,", "MJ,ACD,1e-9,1ABC,", "MK,ACD,,1ABC,", "MK,ACD,0,1ABC", "MK,ACD,>1e-5,1ABC,"]
+            " ,ACD,1e-9,1ABC,", "MJ,ACD,1e-9,1ABC,", "MK,ACD,,1ABC,", "MK,ACD,0,1ABC", "MK,ACD,>1e-5,1ABC,",
+            "MK,ACD,DFG,1e-9,1ABC,"]
     path = tmp_path / "pairs.csv"
     path.write_text("Ligand Sequences,Receptor Sequences,KD(M),PDB,mutation_status\n" + "\n".join(rows))
     assert load_pairs(path) == [{"ligand": "MKLX", "receptor": "ACD", "label": 1, "pdb": "1ABC"},
                                 {"ligand": "MK", "receptor": "ACD", "label": 0, "pdb": "1ABC"}]
     shown = capsys.readouterr().out
     assert "2 usable rows, 1 of them bind" in shown
-    for reason in ("the mutation", "an empty", "letters", "KD(M) is missing", "KD(M) is not", "KD(M) is out"):
+    for reason in ("the mutation", "an empty", "letters", "more fields", *(f"KD(M) is {s}" for s in
+                   ("missing", "not", "out"))):
         assert f"1 left out: {reason}" in shown
 
 @pytest.mark.parametrize(("text", "reason"), [
-    ("a,b", "columns must be .* not only a"), ("ligand_seq,receptor_seq,label,PDB\nMK,AC,1,x", "one label")])
+    ("a,b", "columns must be .* not only a"), ("ligand_seq,receptor_seq,label,PDB\nMK,AC,1,x", "one label"),
+    ("ligand_seq,receptor_seq,label,PDB\nMK,AC,1,\"x\nMK,AC,0,x\n", "could not be opened .unexpected end")])
 def test_a_file_without_pairs_is_refused(tmp_path, text, reason):
     (tmp_path / "pairs.csv").write_text(text)
     with refused(reason):

@@ -13,7 +13,7 @@ model writes runs in the sandbox of this file (Linux alone), apart from the test
 import builtins, collections, ctypes, datetime, decimal, fractions, functools, importlib, inspect, json
 import math, os, random, re, resource, signal, struct, subprocess, symtable, sys, sysconfig, tempfile
 import textwrap, types, warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 
 from boostlora import (
     BoostConfig, GRPOConfig, InputError, RunConfig, Settings, TextTask, check_fit, claim, finish, parse,
-    load_language_model, on_first_process, pretrain, read_rows, replace, require, run, sampled, setting)
+    load_language_model, on_first_process, pretrain, read_rows, replace, require, run, sampled, say, setting)
 
 MBPP, HUMANEVAL = "google-research-datasets/mbpp:full", "openai/openai_humaneval"
 TRAIN_IDS, TEST_IDS = range(601, 975), range(11, 511)  # MBPP's task_ids
@@ -37,7 +37,7 @@ DEMO = {"out": "runs/code-demo", "rounds": 8, "rank": 4, "u": 16, "groups": 0, "
 
 @dataclass
 class SandboxConfig(Settings):
-    """What a candidate, the code of one completion, may take."""
+    """What a candidate, the code of one completion, may take; and, apart, the judge of it."""
     workers: int = setting(0, "candidates that run at a time; 0: one for each CPU of this process")
     cpu_seconds: float = setting(12.0, "CPU time of a candidate; MBPP's slowest solution takes 4.7 s")
     wall_seconds: float = setting(30.0, "time by the clock of a candidate and its tests together")
@@ -48,15 +48,15 @@ class SandboxConfig(Settings):
 
 def load_problems(path: str, hub: str = "", split: str = "") -> list[dict[str, Any]]:
     """Problems of MBPP or HumanEval, from a JSONL file or, if path is empty, the Hub: task_id, ask (what the
-    model is asked), text (the task alone), tests (what must run to its end after the code); of HumanEval also
-    prompt, head (its imports and helpers) and entry_point. Raises InputError for a row of neither."""
+    model is asked), tests (what must run to its end after the code); of MBPP text; of HumanEval prompt, head
+    (its imports and helpers) and entry_point. Raises InputError for a row of neither."""
     problems = []
     warnings.filterwarnings("ignore", module="<the tests>")  # MBPP has invalid escapes
     for number, row in enumerate(read_rows(path, hub, split, ["task_id"]), 1):
         try:
             problem = humaneval(row) if "entry_point" in row else mbpp(row)
             prepare(problem["tests"])
-        except (SyntaxError, ValueError, TypeError, KeyError) as error:
+        except (SyntaxError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path or hub}, row {number}: not MBPP's or HumanEval's ({error!r})") from None
         problems.append({"task_id": row["task_id"], **problem})
     return problems
@@ -71,9 +71,10 @@ def humaneval(row: dict[str, Any]) -> dict[str, Any]:
     prompt, name = row["prompt"], row["entry_point"]
     start = re.search(rf"^def {re.escape(name)}\(", prompt, re.MULTILINE)
     require(start, f"'prompt' does not define the entry_point '{name}'")
+    require("def check(" in row["test"], "'test' does not define check")
     head = prompt[:start.start()]  # some tests call its helpers: those of the tests, not the candidate's
-    return {"text": prompt, "ask": ASK_HUMANEVAL.format(prompt.strip()), "prompt": prompt, "head": head,
-            "entry_point": name, "tests": f"{head}\n{row['test']}\ncheck({name})"}
+    return {"ask": ASK_HUMANEVAL.format(prompt.strip()), "prompt": prompt, "head": head, "entry_point": name,
+            "tests": f"{head}\n{row['test']}\ncheck({name})"}
 
 def load_data(args: RunConfig) -> tuple[list, dict[str, list]]:
     """The training problems and the test sets. MBPP is split by task_id, so that no file can mix the two."""
@@ -81,9 +82,10 @@ def load_data(args: RunConfig) -> tuple[list, dict[str, list]]:
     train, held_out = ([p for p in rows if p["task_id"] in ids] for ids in (TRAIN_IDS, TEST_IDS))
     require(train, f"{args.train_file}: no row has one of MBPP's training task_ids, 601 to 974")
     tests = {"mbpp": held_out} if held_out else {}
-    files = args.test_file.split(",") if args.test_file else []
-    sources = [(Path(path).name.split(".")[0].lower(), path, "") for path in files]
+    say(f"of {len(rows)} tasks {len(train)} train (task_ids 601 to 974), {len(held_out)} test (11 to 510)")
+    sources = [(Path(f).name.split(".")[0].lower(), f, "") for f in args.test_file.split(",") if f]
     standard = [("mbpp", "", MBPP)] * (not held_out) + [("humaneval", "", HUMANEVAL)]
+    require(len({name for name, *_ in sources}) == len(sources), "--test_file: two files have one name")
     for name, path, hub in sources or standard:
         rows = load_problems(path, hub, "test")
         tests[name] = [p for p in rows if "entry_point" in p or p["task_id"] in TEST_IDS]
@@ -114,7 +116,7 @@ def main() -> None:
     with Sandbox(**asdict(limits)) as sandbox:
         if args.demo:
             base = Path(args.out) / "base"
-            on_first_process(lambda: base.exists() or make_demo(base, boosting))
+            on_first_process(lambda: base.exists() or replace(base, lambda new: make_demo(new, boosting)))
             args.model = f"{base}"
             args.train_file, args.test_file = f"{base}/train.jsonl", f"{base}/test.jsonl"
         train, tests = load_data(args)
@@ -122,36 +124,35 @@ def main() -> None:
         train = sampled(train, args.limit or len(train), boosting.seed, "limit")
         task = TextTask(model, tokenizer, train, tests, training, seed=boosting.seed,
                         prompt=lambda problem: problem["text" if args.demo else "ask"],
-                        grade=lambda texts, problems: sandbox.run(map(program, problems, texts)))
+                        grade=lambda texts, problems: sandbox.run([*map(program, problems, texts)]))
         finish(args, boosting, settings, task, tokenizer)
 
 # The sandbox (Linux, standard library only) -----------------------------------------------------------------
-# For each job, (code, tests), there are two new processes:
-#
-#     trainer  ->  judge (runs the tests)  <->  candidate (runs the code)
-#
+# Each job, (code, tests), has two new processes: trainer -> judge (runs the tests) <-> candidate (the code).
 # The judge gives up its rights, forks the candidate, and only then reads the job. What its tests need of the
 # candidate, it asks for, and gets as a plain value: JSON, rebuilt as exact builtin types; for what is not
-# plain, a `Handle`, which equals no plain value. Its exit status is the verdict, and none can forge it:
-# nothing of the candidate's runs where values are compared. All down to `start` is the program of the two.
+# plain, a `Handle`, which equals no plain value. Its exit status is the verdict, and none can forge it, as
+# nothing of the candidate's runs where values are compared. `codec` to `start` are the program of the two.
 
 PASSED, FAILED = 40, 41  # the judge's exit status; any other: it could not start
 SYSTEM = "/usr/lib /usr/lib64 /usr/local/lib /usr/share/zoneinfo /lib /lib64 /etc/ld.so.cache /dev/null"
 REMAINS = "No file system of its own for the sandbox here ({}): see the README for what Landlock leaves open"
 COMMON = """array bisect calendar cmath concurrent.futures.thread copy dataclasses gc hashlib heapq logging
     queue random socket statistics string tempfile textwrap threading time traceback typing"""
-MACHINES = {  # column in CALLS, the kernel's name for it, the numbers of clone, fcntl and ioctl
-    "x86_64": (0, 0xC000003E, 56, 72, 16), "aarch64": (1, 0xC00000B7, 220, 25, 29)}
+MACHINES = {  # column in CALLS, the kernel's name for it, the numbers of clone, socketpair, fcntl and ioctl
+    "x86_64": (0, 0xC000003E, 56, 53, 72, 16), "aarch64": (1, 0xC00000B7, 220, 199, 25, 29)}
 CALLS = """
     fork=57/999 vfork=58/999 execve=59/221 execveat=322/281 kill=62/129 tkill=200/130 tgkill=234/131
     rt_sigqueueinfo=129/138 rt_tgsigqueueinfo=297/240 ptrace=101/117 process_vm_readv=310/270
     process_vm_writev=311/271 prctl=157/167 prlimit64=302/261 setpriority=141/140 sched_setaffinity=203/122
     sched_setscheduler=144/119 sched_setparam=142/118 sched_setattr=314/274 ioprio_set=251/30 socket=41/198
-    unshare=272/97 setns=308/268 shmget=29/194 semget=64/190 msgget=68/186 mq_open=240/180
-    memfd_create=319/279 add_key=248/217 request_key=249/218 keyctl=250/219 bpf=321/280
-    perf_event_open=298/241 userfaultfd=323/282 truncate=76/45 chmod=90/999 fchmodat=268/53 chown=92/999
-    lchown=94/999 fchownat=260/54 utime=132/999 utimes=235/999 futimesat=261/999 utimensat=280/88
-    setxattr=188/5 lsetxattr=189/6 removexattr=197/14 lremovexattr=198/15"""
+    unshare=272/97 setns=308/268 shmget=29/194 shmat=30/196 shmctl=31/195 semget=64/190 semop=65/193
+    semctl=66/191 semtimedop=220/192 msgget=68/186 msgsnd=69/189 msgrcv=70/188 msgctl=71/187 mq_open=240/180
+    mq_unlink=241/181 memfd_create=319/279 add_key=248/217 request_key=249/218 keyctl=250/219 bpf=321/280
+    perf_event_open=298/241 userfaultfd=323/282 truncate=76/45 chmod=90/999 fchmod=91/52 fchmodat=268/53
+    chown=92/999 fchown=93/55 lchown=94/999 fchownat=260/54 utime=132/999 utimes=235/999 futimesat=261/999
+    utimensat=280/88 setxattr=188/5 lsetxattr=189/6 fsetxattr=190/7 removexattr=197/14 lremovexattr=198/15
+    fremovexattr=199/16"""
 
 def codec(number, thing):
     """Plain values to JSON and back; `number` numbers what is not plain, `thing` looks the number up."""
@@ -372,12 +373,13 @@ PROGRAM = "\n".join([
 def system_calls() -> bytes:
     """The filter: no new processes (but threads), programs, signals, tracing, sockets (but pairs), limits,
     priorities, namespaces, memory that outlives its process, and changes to files that Landlock overlooks."""
-    column, machine, clone, fcntl, ioctl = MACHINES[os.uname().machine]
+    column, machine, clone, pair, fcntl, ioctl = MACHINES[os.uname().machine]
     load, equal, least, bit, give = 0x20, 0x15, 0x35, 0x45, 0x06  # (which, skipped if so, if not, value)
     refuse, absent, allow = ((give, 0, 0, value) for value in (0x50001, 0x50026, 0x7FFF0000))  # EPERM, ENOSYS
     rules = [(load, 0, 0, 4), (equal, 1, 0, machine), refuse, (load, 0, 0, 0)]
     rules += [(least, 0, 1, 424), absent]  # calls since Linux 5.1: the C library then takes older ones
     rules += [(equal, 0, 4, clone), (load, 0, 0, 16), (bit, 1, 0, 0x10000), refuse, allow]  # CLONE_THREAD
+    rules += [(equal, 0, 4, pair), (load, 0, 0, 24), (bit, 0, 1, 2), refuse, allow]  # SOCK_DGRAM: to anyone
     for call, own, group in (fcntl, 8, 15), (ioctl, 0x8901, 0x8902):  # F_SETOWN, SIOCSPGRP: who gets SIGIO
         checks = [(load, 0, 0, 24), (equal, 1, 0, own), (equal, 0, 1, group), refuse, allow]
         rules += [(equal, 0, len(checks), call), *checks]
@@ -392,7 +394,7 @@ class Sandbox(ThreadPoolExecutor):
 
     def __init__(self, *limits: float, namespaces: bool = True, **named_limits: float):
         limits, machine = SandboxConfig(*limits, **named_limits), os.uname().machine
-        require(sys.platform == "linux" and machine in MACHINES, "the sandbox works on Linux only")
+        require(sys.platform == "linux" and machine in MACHINES, "the sandbox needs Linux on x86-64 or ARM64")
         super().__init__(limits.workers or len(os.sched_getaffinity(0)))  # a thread for each candidate
         paths = sysconfig.get_paths()
         self.conf = {  # see and packages: path: path in the sandbox
@@ -402,18 +404,16 @@ class Sandbox(ThreadPoolExecutor):
             "limits": {"AS": limits.memory_mb << 20, "CPU": math.ceil(limits.cpu_seconds), "CORE": 0,
                        "FSIZE": 16 << 20, "NOFILE": 64, "NPROC": 34}}  # two processes and 32 more threads
         try:
-            require(namespaces, "switched off")
-            self.judge("", "")
+            require(namespaces and self.judge("", ""), "switched off, or an empty program fails in it")
         except InputError as refusal:
             warnings.warn(REMAINS.format(refusal), stacklevel=2)
             self.conf |= {"namespaces": False, "modules": COMMON.split()}
             if os.getuid():
                 del self.conf["limits"]["NPROC"]  # of all that this user runs; memory still bounds threads
-            self.judge("", "")  # raises what is wrong, if it is not that
+            require(self.judge("", ""), "an empty program fails: raise --wall_seconds or --memory_mb")
 
-    def run(self, pairs: Iterable[tuple[str, str]]) -> list[bool]:
+    def run(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """For each (code, tests): did `code` run, and then `tests` to its very end, without an exception?"""
-        pairs = [*pairs]
         different = [*dict.fromkeys(pairs)]  # completions of one prompt are often equal
         verdicts = dict(zip(different, self.map(lambda pair: self.judge(*pair), different), strict=True))
         return [verdicts[pair] for pair in pairs]
@@ -423,17 +423,19 @@ class Sandbox(ThreadPoolExecutor):
         folder, user = tempfile.mkdtemp(prefix="sandbox-"), os.getuid()
         if user == 0:
             first, _, count = map(int, Path("/proc/self/uid_map").read_text().split()[-3:])
+            require(count > 7, "root is the only user here, so none is powerless: run as another user")
             user = first + count - 2 - os.stat(folder).st_ino % (count // 4)  # nobody's
         os.chown(folder, user, -1)
         conf = self.conf | {"folder": folder, "user": user, "trainer": os.getpid()}
         env = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-        judge = subprocess.run([sys.executable, "-I", "-S", "-c", PROGRAM, json.dumps(conf)], cwd="/",
-                               input=json.dumps([code, tests]).encode(), stderr=subprocess.PIPE, env=env,
-                               stdout=subprocess.DEVNULL, start_new_session=True, check=False)
-        subprocess.run(["rm", "-rf", folder], check=False)
-        if judge.returncode in (PASSED, FAILED) or judge.returncode < 0:  # by a signal
-            return judge.returncode == PASSED and len(code) <= 1_000_000
-        reason = [judge.returncode, *judge.stderr.decode(errors="replace").splitlines()][-1]
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", PROGRAM, json.dumps(conf)], cwd="/",
+                              input=json.dumps([code, tests]).encode(), stderr=subprocess.PIPE, env=env,
+                              stdout=subprocess.DEVNULL, start_new_session=True, check=False)
+        for command in ["chmod", "-R", "u+rwx"], ["rm", "-rf"]:  # the candidate may have closed its folders
+            subprocess.run([*command, folder], check=False)
+        if done.returncode in (PASSED, FAILED) or done.returncode < 0:  # by a signal
+            return done.returncode == PASSED and len(code) <= 1_000_000
+        reason = [done.returncode, *done.stderr.decode(errors="replace").splitlines()][-1]
         require(again, f"the sandbox cannot start: {reason}")
         return self.judge(code, tests, again=False)
 
@@ -486,15 +488,13 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
         texts = ["{}\n{}<end>".format(*exercise(numbers, noisy=True)) for _ in range(128)]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100), **batch}
-    def write(path: Path) -> None:
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        rows = [*problem_rows(numbers, [*TRAIN_IDS, *TEST_IDS])]
-        for name, ids in ("train", TRAIN_IDS), ("test", TEST_IDS):
-            lines = [json.dumps(row) + "\n" for row in rows if row["task_id"] in ids]
-            (path / f"{name}.jsonl").write_text("".join(lines))
     pretrain(model, batch, steps)
-    replace(folder, write)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [*problem_rows(numbers, [*TRAIN_IDS, *TEST_IDS])]
+    for name, ids in ("train", TRAIN_IDS), ("test", TEST_IDS):
+        lines = [json.dumps(row) + "\n" for row in rows if row["task_id"] in ids]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
 
 if __name__ == "__main__":
     run(main)

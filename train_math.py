@@ -19,30 +19,15 @@ import random
 import re
 from cmath import cos, sin, sqrt, tan
 from dataclasses import asdict, dataclass
+from functools import partial
 from operator import add, mul, neg, sub, truediv
 from pathlib import Path
 
 import torch
 
-from boostlora import (
-    BoostConfig,
-    GRPOConfig,
-    RunConfig,
-    TextTask,
-    check_fit,
-    claim,
-    finish,
-    load_language_model,
-    on_first_process,
-    parse,
-    pretrain,
-    read_rows,
-    replace,
-    require,
-    run,
-    sampled,
-    setting,
-)
+from boostlora import (BoostConfig, GRPOConfig, RunConfig, TextTask, check_fit, claim, finish,  # isort: skip
+                       load_language_model, on_first_process, parse, pretrain, read_rows, replace, require,
+                       run, sampled, setting)
 
 INSTRUCTION = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 DEFAULTS = {"model": "Qwen/Qwen2.5-3B-Instruct", "out": "runs/math", "limit": 1500}
@@ -62,30 +47,28 @@ class MathConfig(RunConfig):
 # The task: problems, prompt, reward.
 
 def load_problems(path: str, hub: str, split: str) -> list[dict[str, str]]:
-    """Problems {"question", "answer"} from a JSONL file with the Hub's fields, or without a path from the Hub.
-    GSM8K has `question` and `answer` (a solution that ends in `#### 42`), MATH-500 `problem` and `answer`; the
-    final answer alone is kept. Raises InputError, with the row, where it cannot be graded."""
+    """Problems {"question", "answer"} from a JSONL file with the Hub's fields, or without a path, of the Hub.
+    GSM8K has `question` and `answer` (a solution that ends in `#### 42`), MATH-500 `problem` and `answer`;
+    the final answer alone is kept. Raises InputError, with the row, where it cannot be graded."""
     problems = []
     for number, row in enumerate(read_rows(path, hub, split, ["answer"]), 1):
         where, question = f"{path or hub}, row {number}", row.get("question", row.get("problem"))
         require(question and isinstance(question, str), f"{where}: no 'question' or 'problem'")
+        require(type(row["answer"]) in (str, int, float), f"{where}: 'answer' is neither text nor a number")
         answer = str(row["answer"]).split("####")[-1].strip()
         require(answer and grade(f"\\boxed{{{answer}}}", answer, strict=True),
                 f"{where}: the answer {answer[:40]!r} cannot be graded")
         problems.append({"question": question, "answer": answer})
     return problems
 
-def grades(texts: list[str], problems: list[dict[str, str]]) -> list[bool]:
-    """Strict: the reward, and what decides the failure set."""
-    return [grade(text, p["answer"], strict=True) for text, p in zip(texts, problems, strict=True)]
-
-def lenient_grades(texts: list[str], problems: list[dict[str, str]]) -> list[bool]:
-    """The last number counts too."""
-    return [grade(text, p["answer"]) for text, p in zip(texts, problems, strict=True)]
+def grades(texts: list[str], problems: list[dict[str, str]], strict: bool = True) -> list[bool]:
+    """Strict: the reward, and what decides the failure set; else the last number counts too."""
+    return [grade(text, p["answer"], strict) for text, p in zip(texts, problems, strict=True)]
 
 def demo_grades(texts: list[str], problems: list[dict[str, str]]) -> list[bool]:
     """The demo's models answer after ####."""
-    return [text.split("####")[-1].strip() == p["answer"] for text, p in zip(texts, problems, strict=True)]
+    answers = [(text.split("####")[1:] or [""])[-1].strip() for text in texts]
+    return [answer == p["answer"] for answer, p in zip(answers, problems, strict=True)]
 
 def main() -> None:
     args, boosting, training = parse((MathConfig, BoostConfig, GRPOConfig), __doc__, DEFAULTS, DEMO)
@@ -93,7 +76,8 @@ def main() -> None:
     claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
     if args.demo:
         base = Path(args.out) / "base"
-        on_first_process(lambda: base.exists() or make_demo(base, boosting, args.demo_wrong.split()))
+        on_first_process(lambda: base.exists() or replace(
+            base, lambda new: make_demo(new, boosting, args.demo_wrong.split())))
         args.model, args.train_file, args.test_file = f"{base}", f"{base}/train.jsonl", f"{base}/test.jsonl"
     train = load_problems(args.train_file, "openai/gsm8k:main", "train")
     sources = {Path(args.test_file).stem: (args.test_file, "")} if args.test_file else {
@@ -103,8 +87,8 @@ def main() -> None:
     model, tokenizer = load_language_model(args, boosting)
     task = TextTask(model, tokenizer, sampled(train, args.limit or len(train), boosting.seed, "limit"), tests,
                     training, prompt=lambda problem: problem["question"] + ("" if args.demo else INSTRUCTION),
-                    grade=demo_grades if args.demo else grades, lenient=None if args.demo else lenient_grades,
-                    seed=boosting.seed)
+                    grade=demo_grades if args.demo else grades, seed=boosting.seed,
+                    lenient=None if args.demo else partial(grades, strict=False))
     finish(args, boosting, settings, task, tokenizer)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -149,10 +133,12 @@ def grade(completion: str, answer: str, strict: bool = False) -> bool:
     strict: only the last \boxed{} counts; else, without one, "#### ...", "answer is ..." or the last number.
     """
     try:
-        found = boxed(completion) or ("" if strict else spoken(completion))
-        found, gold = clean(found[:LONGEST]), clean(answer)
+        box = boxed(completion)
+        found, gold = box or ("" if strict else spoken(completion)), clean(answer)
+        found = clean(found[:LONGEST])
         if NUMBER.fullmatch(gold) and WORD.search(found):
-            found = NUMBER.findall(found.rpartition("=")[2])[0]
+            numbers = NUMBER.findall(found.rpartition("=")[2])
+            found = found if box and len(numbers) > 1 else numbers[0]  # 2 hours 30 minutes are not 2
         return found != "" and same(found, gold)
     except Exception:  # noqa: BLE001 - the text is anyone's: what breaks is no answer
         return False
@@ -297,16 +283,12 @@ def make_demo(folder: Path, boosting: BoostConfig, wrongly: list[str], steps: in
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100), **batch}
 
-    def write(path: Path) -> None:
-        path.mkdir()
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        for name, count in [("train", 600), ("test", 512)]:
-            lines = [json.dumps(story(stories)) + "\n" for _ in range(count)]
-            (path / f"{name}.jsonl").write_text("".join(lines))
-
     pretrain(model, batch, steps)
-    replace(folder, write)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, count in [("train", 600), ("test", 512)]:
+        lines = [json.dumps(story(stories)) + "\n" for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
 
 if __name__ == "__main__":
     run(main)

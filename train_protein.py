@@ -58,13 +58,16 @@ def load_pairs(path: str | Path) -> list[Pair]:
     measured. Raises InputError where the file cannot be read, lacks a column, or has no two labels."""
     advice = "give --train_file a CSV or CSV.gz file in UTF-8, or try --demo"
     unpack = gzip.open if str(path).endswith(".gz") else open
-    file = load(unpack, path, "rt", encoding="utf-8-sig", newline="", advice=advice)  # -sig: Excel's mark
-    table = csv.DictReader(load(lambda _: file.readlines(), path, advice=advice), restval="")
-    names = table.fieldnames = [HUB_NAMES.get(name, name) for name in table.fieldnames or []]
+    def read(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
+        with unpack(path, "rt", encoding="utf-8-sig", newline="") as file:  # -sig: Excel's mark
+            table = csv.DictReader(file, restval="", strict=True)  # a quote that is not closed is an error
+            table.fieldnames = [HUB_NAMES.get(name, name) for name in table.fieldnames or []]
+            return table.fieldnames, [*table]
+    names, lines = load(read, path, advice=advice)
     answer = "label" if "label" in names else "KD(M)"
     require({"ligand_seq", "receptor_seq", "PDB", answer} <= set(names), f"{path}: the columns must be "
             f"ligand_seq, receptor_seq, PDB and label or KD(M), not only {', '.join(names)}")
-    pairs = [read_pair(line, answer) for line in table]
+    pairs = [read_pair(line, answer) for line in lines]
     rows = [pair for pair, reason in pairs if not reason]
     dropped = Counter(reason for _, reason in pairs if reason)
     say(f"{path}: {len(rows):,} usable rows, {sum(row['label'] for row in rows):,} of them bind" + "".join(
@@ -81,6 +84,7 @@ def read_pair(line: dict[str, str], answer: str) -> tuple[Pair, str]:
     except ValueError:
         number = math.nan
     useful = {
+        "more fields than columns": None not in line,
         "the mutation is not in the sequence": line.get("mutation_status") != "not_applied",
         "an empty sequence": ligand and receptor,
         "letters that ESM does not know": set(ligand + receptor) <= set(LETTERS),
