@@ -685,7 +685,7 @@ def to_json(value: Any) -> str:
         else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
-    """Lock a run folder until the process ends; return its next config.json; InputError if settings differ."""
+    """Lock a run folder until the process ends; its next config.json. InputError where settings differ."""
     import fcntl
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
