@@ -1147,6 +1147,7 @@ def test_what_passes_is_rewarded_in_every_way_to_answer(tmp_path):
         (mbpp, RIGHT, True), (mbpp, f"```{RIGHT}", True), (mbpp, f"```python{WRONG}```", False),
         (mbpp, f"```python{WRONG}```\nor\n```python{RIGHT}```\n```bash\nls\n```", True),
         (human, f"```python\n{whole}\n```", True), (human, HUMANEVAL["canonical_solution"], True),
+        (human, f"```python\r\nfrom __future__ import annotations\r\n{whole}\r\n```", True),
         (human, "    pass\n", False), (human, whole.replace("def f", "def h"), False),
         (human, "def g(x): return 2\n" + whole, True),  # right for 1, and the tests use their own g
         (human, "def g(x): return 0\n" + whole, False)]

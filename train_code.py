@@ -94,7 +94,6 @@ def load_data(args: RunConfig) -> tuple[list, dict[str, list]]:
 
 def extract_code(completion: str) -> str:
     """The last fenced Python block of a completion (which may break off in it), or the whole text."""
-    completion = completion.replace("\r\n", "\n")
     blocks = re.findall(r"```[ \t]*(\w*)[^\n`]*\n(.*?)(?:```|\Z)", completion, re.DOTALL)
     tagged = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
     plain = [code for language, code in blocks if not language]
@@ -105,6 +104,7 @@ def program(problem: dict[str, Any], completion: str) -> tuple[str, str]:
     code = extract_code(completion)
     if name := problem.get("entry_point"):
         whole = re.search(rf"^(?:def\s+{re.escape(name)}\b|{re.escape(name)}\s*=)", code, re.MULTILINE)
+        code = re.sub(r"^from __future__ .*$", "", code, flags=re.MULTILINE)  # it may not follow the head
         code = problem["head"] + code if whole else problem["prompt"] + textwrap.indent(code, "    ")
     return code, problem["tests"]
 
