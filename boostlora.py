@@ -151,9 +151,8 @@ class TinyLoRA(nn.Module):
         return self.US @ self.down()
 
 # Booster ----------------------------------------------------------------------------------------------------
-# W_T = round(W_0 + sum_t U_t S_t R_t V_t^T) is a pure function of the vectors v_t: merge, rollback and load
-# change them and call `write`. Of the updates of 20 rounds, |R| = 1e-2, a bf16 weight kept 58 % where
-# each was added to it and rounded, 95 % where their sum was, as here.
+# W_t is a pure function of the vectors v_0 .. v_{t-1}: merge, rollback and load change them and call `write`.
+# Of 20 updates, |R| = 1e-2, a bf16 weight keeps 58 % if each is added and rounded, 95 % if their sum is.
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
@@ -185,7 +184,7 @@ def checksum(model: nn.Module) -> str:
 
 class Booster:
     """W_0 of the targets, their basis, and v of every round; keeps the weights of the model, all of it
-    frozen, equal to the formula above. Raises InputError where model and configuration do not fit."""
+    frozen, equal to W_t at the top. Raises InputError where model and configuration do not fit."""
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.targets = model.requires_grad_(False), config, find_targets(model)
         self.k = check_fit(model, config)  # triplets used of each target
@@ -246,7 +245,7 @@ class Booster:
         learned, self.kept, self.total = any(v.any() for v in self.vectors), 0.0, 0.0
         for name, linear in self.targets.items():
             W0, delta = self.base[name].to(linear.weight.device), self.delta(name)
-            linear.weight.copy_(W0.float() + delta if learned else W0)  # -0.0 + 0 has other bits
+            linear.weight.copy_(W0.float() + delta if learned else W0)  # -0.0 + 0 would lose its sign
             self.kept += float(((linear.weight.float() - W0.float()) * delta).sum())
             self.total += float(delta.square().sum())
 
@@ -275,10 +274,10 @@ class Booster:
 
     def summary(self) -> Record:
         """For the record: norm of the last round's update, all targets; of the sum, norm, rank, fidelity."""
-        last, ranks = range(len(self.vectors))[-1:], self.rank().values()
-        norm = math.sqrt(sum(float(self.core(name, last).square().sum()) for name in self.targets))
-        rank, total, fidelity = {"min": min(ranks), "max": max(ranks)}, math.sqrt(self.total), self.fidelity()
-        return {"norm": norm, "total_norm": total, "rank": rank, "fidelity": fidelity}
+        ranks, last = self.rank().values(), range(len(self.vectors))[-1:]  # empty before any round
+        squares = sum(float(self.core(name, last).square().sum()) for name in self.targets)
+        return {"norm": math.sqrt(squares), "total_norm": math.sqrt(self.total),
+                "rank": {"min": min(ranks), "max": max(ranks)}, "fidelity": self.fidelity()}
 
     def save(self, path: File) -> None:
         """Write v of all rounds [rounds, groups, u], 4 bytes a number, and what rebuilds the rest."""
@@ -337,19 +336,19 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         task.fit(examples, v, round)     -> dict of statistics; trains v in place
         task.effort                      optional: what training on an example costs, in evaluations
 
-    Tests run first, last, every `test_every` rounds. The same call continues. Returns rounds.jsonl parsed."""
+    Tests first, last, every `test_every` rounds. Continues a run with a new learner. Returns its records."""
     out, config = Path(out), booster.config
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
     data = hashlib.sha256(to_json([list(task.train), task.tests]).encode()).hexdigest()[:16]
     trainer = vars(task.config) if dataclasses.is_dataclass(getattr(task, "config", None)) else {}
     settings = claim(out, {**vars(config), **trainer, **(settings or {}), "data": data})
-    records = resume(out, booster)
+    records = read_state(out, booster)
     replace(out / "config.json", lambda new: new.write_text(to_json(settings)))
     while not records or (len(records) <= config.rounds and records[-1]["failures"]):
         t = len(records) - 1  # the round that is trained now; -1: the base model is evaluated
         stats, clock = {}, time.perf_counter
-        start = trained = merged = clock()
+        start = trained = merged = clock()  # before round 0, both take 0 seconds
         if t >= 0:
             stats = task.fit(select(task.train, records[-1]["failed"], config, t), booster.attach(), t)
             trained = clock()
@@ -397,7 +396,7 @@ def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: 
     failed, metrics = failures(task, task.train, looked)  # right ones not looked at are taken to stay right
     if not failed and looked != everything:  # before the run ends, look at all
         looked, (failed, metrics) = everything, failures(task, task.train, everything)
-    if config.accept == "better" and records and len(failed) > len(before):
+    if config.accept == "better" and len(failed) > len(before):
         booster.rollback()
         found["note"], failed = f"taken back: it left {len(failed)} failures", before
     elif looked == everything:
@@ -450,7 +449,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     model.eval()  # what is sampled must be the policy that learns
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     require(all(ids), "generate: a prompt has no token")
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # Qwen2.5 has two
+    ends = model.generation_config.eos_token_id  # Qwen2.5 has two
     stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
     uniforms = torch.rand(len(ids) * n, max_new_tokens, generator=generator("sample", seed)).to(model.device)
     queue = sorted(range(len(ids))[process()::processes()], key=lambda i: -len(ids[i]))  # the longest first
@@ -690,28 +689,30 @@ def claim(out: File, settings: Record) -> Record:
     def lock(path: Path) -> None:  # of this process, for writing: NFS has no other; the file stays open
         path.parent.mkdir(parents=True, exist_ok=True)
         fcntl.lockf(os.open(path, os.O_WRONLY | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    require(settings["accept"] == "all" or settings["recheck"] >= 1, "--accept better needs --recheck 1: all")
     path = Path(out) / "config.json"
     on_first_process(load, lock, path.with_name(".lock"), advice=f"is {out} in use by another process?")
-    there = read_rows(path, "", "", ["data"])[0] if path.exists() else {}
+    there = read_rows(path, ["data"])[0] if path.exists() else {}
     require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
     # A script claims the folder twice: before its data is read, and in `boost`, with it.
     here = {"data": there.get("data"), **json.loads(to_json(settings))}
-    free = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}  # may change
+    may_change = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
-                 for key in sorted({*there, *here} - free) if there and there.get(key) != here.get(key)]
+                 for key in sorted({*there, *here} - may_change) if there and there.get(key) != here.get(key)]
     require(not differing, f"{out} holds another run ({'; '.join(differing)}): choose another --out")
     return here | {"versions": {"torch": torch.__version__, "safetensors": safetensors.__version__}}
 
-def resume(out: Path, learner: Any) -> list[Record]:
+def read_state(out: Path, learner: Any) -> list[Record]:
     """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them."""
     path = out / "rounds.jsonl"
-    records = read_rows(path, "", "", ["round", "failures", "failed"]) if path.exists() else []
+    records = read_rows(path, ["round", "failures", "failed"]) if path.exists() else []
     for t, r in enumerate(records):
         require(t == r["round"] and r["failures"] == len(r["failed"]), f"{path}, line {t + 1} is damaged: "
                 "delete it and all lines after it, and those rounds are computed again")
     done, rounds = len(records) - 1, learner.config.rounds
     require(done <= rounds, f"{out} has {done} rounds, more than --rounds {rounds}: choose another --out")
     require(records or not [*out.glob("*.safetensors")], f"{path} is missing: choose another --out")
+    require(done > 0 or not getattr(learner, "vectors", 0), "this Booster has rounds: make one from the base")
     if done > 0:
         learner.resume(out / "adapters.safetensors", rounds=done)
     say(f"{out} has {max(done, 0)} of {rounds} rounds{', so nothing is run' if done == rounds else ''}")
@@ -831,8 +832,8 @@ class TextTask:
         require("train" not in tests, "a test set cannot be called train, as the training set's figures are")
         self.effort = 1.5 * config.epochs * config.group_size  # training costs half of sampling
         ids = tokenizer(self.prompts(sum(map(list, tests.values()), list(train))))["input_ids"]
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-        room -= max(map(len, ids), default=0)
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        room = most - max(map(len, ids), default=0)
         require(config.max_new_tokens <= room, f"--max_new_tokens: the longest prompt leaves room for {room}")
 
     def prompts(self, examples: Sequence[Any]) -> list[str]:
@@ -855,7 +856,7 @@ class TextTask:
                     lambda indices, texts: self.grade(texts, [examples[i] for i in indices]),
                     v, self.config, round, self.seed)
 
-def read_rows(path: File, hub: str, split: str, fields: Sequence[str]) -> list[Record]:
+def read_rows(path: File, fields: Sequence[str], hub: str = "", split: str = "") -> list[Record]:
     """Rows of a .jsonl(.gz) file, each with these fields; without a path, of the Hub's `owner/name:part`."""
     if not path:
         from datasets import load_dataset

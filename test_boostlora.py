@@ -504,7 +504,7 @@ class Words:
         return {**stats, "loss": torch.tensor(0.5), "round": 99, "failures": -1}
 
 CONFIG = BoostConfig(rounds=4, u=4, groups=0, replay=1.0)
-WARY = dataclasses.replace(CONFIG, recheck=0.5, accept="better")
+SOME, WARY = (dataclasses.replace(CONFIG, **x) for x in ({"recheck": 0.5}, {"accept": "better", "seed": 2}))
 
 def run_words(out, learner=Booster, stop_at=None, config=CONFIG, **options):
     model, lr = esm(), {FullFineTuning: 1e-4, BoRA: 0.03}.get(learner, 0.05)
@@ -541,7 +541,7 @@ def test_the_record_is_complete_and_adds_up(tmp_path, capsys):
     assert re.search(r"to go\nround  1/4 .* regressed\).*\nround  2/4", capsys.readouterr().out)
 
 @pytest.mark.parametrize(("learner", "config"), [
-    (Booster, CONFIG), (Booster, WARY), (FullFineTuning, CONFIG)])
+    (Booster, CONFIG), (Booster, SOME), (Booster, WARY), (FullFineTuning, CONFIG)])
 def test_broken_off_anywhere_it_continues_to_the_same_bits(tmp_path, learner, config):
     records, model = run_words(tmp_path / "whole", learner, config=config)
     expected = state(tmp_path / "whole")
@@ -607,15 +607,14 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
     assert state(tmp_path) == before and saved(tmp_path)
 
 def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path):
-    settings = dataclasses.asdict(CONFIG)
-    hold = f"import boostlora; boostlora.claim({str(tmp_path)!r}, {settings}); print(1, flush=True); input()"
+    hold = f"import boostlora as b; b.claim({str(tmp_path)!r}, {vars(CONFIG)}); print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold], cwd=HERE, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with refused("in use by another process"):
             run_words(tmp_path)
         other.kill()
-    boostlora.claim(tmp_path, settings)  # as a script does, from its first check on
+    boostlora.claim(tmp_path, vars(CONFIG))  # as a script does, from its first check on
     assert len(run_words(tmp_path)[0]) == 5
 
 class Script:
@@ -656,9 +655,8 @@ def test_the_loop_stops_when_nothing_fails_and_refuses_no_data(tmp_path, capsys)
 
 def test_test_figures_are_paired_with_those_of_the_base_model(tmp_path):
     first, middle, last = Script({0, 50, 51, 53}, {0, 51, 52, 53}, {0, 50, 52}).run(tmp_path, rounds=2)
-    names = "held_fixed", "held_regressed", "held_failed", "held_accuracy"
-    figures = [[record[name] for name in names] for record in (first, last)]
-    assert figures == [[0, 0, [0, 1, 3], 0.25], [2, 1, [0, 2], 0.5]] and "held_failed" not in middle
+    for record, figures in (first, [0, 0, [0, 1, 3], 0.25]), (last, [2, 1, [0, 2], 0.5]), (middle, [None] * 4):
+        assert [record.get(f"held_{name}") for name in ("fixed", "regressed", "failed", "accuracy")] == figures
 
 def test_with_recheck_a_round_looks_at_failures_and_a_seeded_share(tmp_path):
     wrong = {0, 1, 2, 3}, {1, 2, 3, 8, 9, 10, 11}, {2, 3, 8}, {3, 9}
@@ -683,6 +681,10 @@ def test_a_worse_round_is_taken_back_where_accept_is_better(tmp_path):
     only = Booster.load(esm(), tmp_path / "better" / "adapters.safetensors", weights=[9, 1, 9])
     assert same_bits(bits(only.model), bits(task.model)) and not same_bits(bits(only.model), bits(esm()))
     assert [r["failures"] for r in Script(*wrong).run(tmp_path / "all", rounds=3)] == [3, 4, 3, 4]
+    with refused("this Booster has rounds"):
+        boost(task.booster, task, tmp_path / "new")
+    with refused("--accept better needs --recheck 1"):  # what was not looked at cannot be compared
+        task.run(tmp_path / "both", rounds=3, accept="better", recheck=0.5)
 
 def test_failures_only_or_with_replayed_right_examples():
     train, failed = list("abcdefghij"), [1, 4, 7]
@@ -1162,7 +1164,7 @@ class NoReturn(ast.NodeTransformer):
 @needs_data
 def test_every_reference_solution_scores_1_and_renamed_or_silenced_0():
     files, right, wrong = [DATA / "mbpp.jsonl", DATA / "HumanEval.jsonl.gz"], [], []
-    rows = [row for file in files for row in boostlora.read_rows(f"{file}", "", "", [])]
+    rows = [row for file in files for row in boostlora.read_rows(f"{file}", [])]
     problems = [problem for file in files for problem in train_code.load_problems(f"{file}")]
     for i, (row, problem) in enumerate(zip(rows, problems, strict=True)):
         body = row.get("canonical_solution")

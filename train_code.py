@@ -52,7 +52,7 @@ def load_problems(path: str, hub: str = "", split: str = "") -> list[dict[str, A
     (its imports and helpers) and entry_point. Raises InputError for a row of neither."""
     problems = []
     warnings.filterwarnings("ignore", module="<the tests>")  # MBPP has invalid escapes
-    for number, row in enumerate(read_rows(path, hub, split, ["task_id"]), 1):
+    for number, row in enumerate(read_rows(path, ["task_id"], hub, split), 1):
         try:
             problem = humaneval(row) if "entry_point" in row else mbpp(row)
             prepare(problem["tests"])

@@ -51,7 +51,7 @@ def load_problems(path: str, hub: str, split: str) -> list[dict[str, str]]:
     GSM8K has `question` and `answer` (a solution that ends in `#### 42`), MATH-500 `problem` and `answer`;
     the final answer alone is kept. Raises InputError, with the row, where it cannot be graded."""
     problems = []
-    for number, row in enumerate(read_rows(path, hub, split, ["answer"]), 1):
+    for number, row in enumerate(read_rows(path, ["answer"], hub, split), 1):
         where, question = f"{path or hub}, row {number}", row.get("question", row.get("problem"))
         require(question and isinstance(question, str), f"{where}: no 'question' or 'problem'")
         require(type(row["answer"]) in (str, int, float), f"{where}: 'answer' is neither text nor a number")
