@@ -198,7 +198,7 @@ class Booster:
         self.v, self.hooks, self.kept, self.total = None, ExitStack(), 0.0, 0.0
 
     def slices(self, t: int) -> tuple[slice, slice]:
-        """Round t's columns of U and V, and its entries of S."""
+        """Round t's columns of U and V, and its entries of S: of another slice for top-decayed alone."""
         r, basis = self.config.rank, self.config.basis
         top, rotated = slice(0, r), slice(t * r, (t + 1) * r)
         return (rotated if basis == "rotate" else top), (top if basis == "top" else rotated)
@@ -296,7 +296,7 @@ class Booster:
         """Take over a file's vectors (the first `rounds`; each scaled by weights[t], as R is linear in v) and
         write the weights. InputError for a damaged file, another base model or configuration."""
         theirs, v, base = load(self.read, path)
-        require(base == self.checksum, f"{path} is of another base model, or of another --dtype")
+        require(base == self.checksum, f"{path} is of another base model: other weights, or another --dtype")
         require(theirs == dataclasses.replace(self.config, rounds=theirs.rounds), f"{path} is of {theirs}")
         rounds, weights = len(v) if rounds is None else rounds, weights or [1.0] * len(v)
         require(0 <= rounds <= min(len(v), self.config.rounds) and len(weights) == len(v),
@@ -464,9 +464,9 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 
     return [Completion(tokenizer.decode(t, skip_special_tokens=True), t, p) for _, t, p in rows]
 
 def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int) -> int:
-    """How many of the prompts, by their lengths, longest first, make a batch: n rows each, whose keys, values
-    and four fp32 copies of the logits fit in half of a GPU's free memory (as a power of two: so batches, and
-    roundings, seldom change), on a CPU in 2 GiB; an eighth of the prompts + 2,048 tokens may be padding."""
+    """How many of the prompts, by their lengths, longest first, make a batch of n rows each. Keys, values and
+    four fp32 copies of the logits fit in half of a GPU's free memory, as a power of two, so that batches, and
+    with them roundings, seldom change; on a CPU in 2 GiB. Padding is at most an eighth, and 2,048 tokens."""
     c, memory, longest = model.config.get_text_config(), 2**31, lengths[0]
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -876,7 +876,7 @@ def pretrain(model: nn.Module, batch: Callable[[], dict[str, Tensor]], steps: in
     """A demo's base model: AdamW on the model's own loss of batch(), its keyword inputs with `labels`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
-    print("pre-training the demo's base model, for less than a minute", flush=True)
+    print("pre-training the demo's base model, about a minute", flush=True)
     for _ in progress(range(steps), "pre-training"):
         optimizer.zero_grad()
         model(**batch()).loss.backward()
