@@ -1,6 +1,6 @@
 """The paper's claims and the README's promises as tests, in the order of the files they test.
 
-    pytest                                 some minutes on 2 cores; half of it is the demo, run and killed
+    pytest                                 some minutes on 2 cores: one runs the demo, meanwhile
     BOOSTLORA_DATA=folder pytest           also on the real data sets, from the files in that folder"""
 
 # isort: off
@@ -318,7 +318,6 @@ def test_prompts_are_encoded_once_into_a_cache_of_either_name_and_finished_rows_
     def inside(cache=None, **more):
         shapes.append((*more["input_ids"].shape, int(more["position_ids"].min())))
         return inner(**{**more, own: more.get(own, cache)})
-
     model, tokenizer = talker
     expected = [c.tokens for c in generate(model, tokenizer, QUESTIONS, 8, 1.0, 20)]
     outer, inner, shapes = model.forward, (forgetful := model.base_model.forward), []
@@ -342,7 +341,6 @@ def test_samples_follow_the_untruncated_distribution(talker, temperature):
     def logprobs(ids):
         with torch.no_grad():
             return (model(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
-
     model, tokenizer = talker
     model.generation_config.top_k = 1
     prompts = tokenizer(QUESTIONS)["input_ids"]
@@ -389,7 +387,6 @@ def test_the_gradient_is_the_hand_computed_one(talker, make, budget):
     def note(_, args, options):
         if not options["use_cache"]:
             sizes.append(options["input_ids"].numel())
-
     model, tokenizer = make() if make else talker[0], talker[1]
     model.config.vocab_size = 2**25 // 8  # so large that the head takes 8 tokens at a time
     v = Booster(model, BoostConfig(rounds=1, u=2, groups=3)).attach()
@@ -572,7 +569,6 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
         with refused(message):
             run_words(tmp_path, **{"settings": {"lr": 1}, **options})
         assert files(tmp_path) == before
-
     run_words(tmp_path, settings={"lr": 1})
     check("seed 0 there, 1 here", config=dataclasses.replace(CONFIG, seed=1))
     check("lr 1 there, None here.*top_p None there, 1 here", settings={"top_p": 1})
@@ -598,7 +594,6 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
     def full(tensors, path, *_):
         path.touch()
         raise OSError(28, "No space left on device")
-
     run_words(tmp_path)
     before = state(tmp_path)
     monkeypatch.setattr(boostlora.safetensors.torch, "save_file", full)
@@ -619,7 +614,6 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path):
 
 class Script:
     """A task by the book: after round t wrong[t] are wrong, whatever the model says."""
-
     def __init__(self, *wrong):
         self.train, self.tests, self.wrong, self.t = [*range(12)], {"held": [*range(50, 54)]}, wrong, 0
         self.model, self.asked, self.trained = esm(), [], []
@@ -701,7 +695,6 @@ def test_the_time_to_go_counts_rounds_trained_evaluated_and_tested():
 class Blocks(nn.Module):
     """BoRA (arXiv 2508.06953): B [out, r] and A [r, in] are cut into b blocks each, and block (i, j) of the
     update is B_i diag(Sigma_ij) A_j, so its rank reaches b r."""
-
     def __init__(self, weight, r=2, b=4):
         super().__init__()
         B, A = (torch.randn(b, n // b, r, generator=generator(n)) / 10 for n in weight.shape)
@@ -712,7 +705,6 @@ class Blocks(nn.Module):
 
 class BoRA(FullFineTuning):
     """A learner for `boost` that is not TinyLoRA; it saves and loads all weights."""
-
     def attach(self):
         for linear in find_targets(self.model).values():
             parametrize.register_parametrization(linear, "weight", Blocks(linear.weight))
@@ -898,27 +890,34 @@ def end_after(process, out, rounds, signal):
     process.send_signal(signal)
     return process.communicate(timeout=60)[0]
 
-def test_the_demo_learns_and_killed_it_ends_with_the_same_bits(tmp_path):
-    out, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ("--rounds", "3", "--limit", "200", "--epochs", "2", "--micro_batch_tokens", "512")
-    whole = demo(out, *flags)
-    while not (out / "base").exists() and whole.poll() is None:
-        time.sleep(0.05)
-    shutil.copytree(out / "base", killed / "base")
-    for rounds in (0, 1):  # beside the whole run, as it takes one core
-        end_after(demo(killed, *flags, threads=2), killed, rounds, signal.SIGKILL)
-        assert (killed / "rounds.jsonl").read_text().count("\n") < 4
-    printed, _ = whole.communicate(timeout=900)
-    assert whole.returncode == 0, printed
+DEMO = ("--rounds", "3", "--limit", "200", "--epochs", "2", "--micro_batch_tokens", "512")
+
+@pytest.fixture(scope="session", autouse=True)
+def whole(request, tmp_path_factory):
+    """The demo, begun beside the first test if its own is among those chosen: two minutes of the other core."""
+    if not any("killed_it_ends" in item.name for item in request.session.items):
+        return (yield)
+    with demo(out := tmp_path_factory.mktemp("demo") / "whole", *DEMO) as process:
+        yield out, process
+        process.kill()
+
+def test_the_demo_learns_and_killed_it_ends_with_the_same_bits(whole, tmp_path):
+    out, process = whole
+    printed, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, printed
     lines, vectors = state(out)
     assert 0.6 < lines[0]["test_accuracy"] < 0.75 and lines[-1]["test_accuracy"] > 0.78
     assert lines[-1]["failures"] <= lines[0]["failures"] * 0.7
     assert [line["rank"] for line in lines] == [{"min": 4 * t, "max": 4 * t} for t in range(4)]
     base, merged = (AutoModelForCausalLM.from_pretrained(out / name) for name in ("base", "model"))
     assert same_bits(bits(Booster.load(base, out / "adapters.safetensors").model), bits(merged))
-    printed, _ = (last := demo(killed, *flags, threads=2)).communicate(timeout=900)  # it takes one thread
+    shutil.copytree(out / "base", tmp_path / "base")
+    for rounds in (0, 1):
+        end_after(demo(tmp_path, *DEMO), tmp_path, rounds, signal.SIGKILL)
+        assert (tmp_path / "rounds.jsonl").read_text().count("\n") < 4
+    printed, _ = (last := demo(tmp_path, *DEMO, threads=2)).communicate(timeout=900)  # it takes one thread
     assert last.returncode == 0, printed
-    assert state(killed) == (lines, vectors)
+    assert state(tmp_path) == (lines, vectors)
 
 def test_ctrl_c_and_mistakes_end_in_one_sentence(toy, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a child ignores it where pytest was told to
@@ -1095,7 +1094,6 @@ def test_nothing_outlives_a_killed_trainer_or_judge(namespaces, victim, tmp_path
         while len(alive(tmp_path)) != count and time.monotonic() < end:
             time.sleep(0.1)
         return alive(tmp_path)
-
     run = (f"from train_code import Sandbox; box = Sandbox(1, namespaces={namespaces}); print(flush=True); "
            "box.run([('while 1: 0', '')])")
     trainer = subprocess.Popen([sys.executable, "-W", "ignore", "-c", run], cwd=HERE, stdout=subprocess.PIPE,
