@@ -170,7 +170,7 @@ def check_fit(model: nn.Module, config: BoostConfig) -> int:
     require(config.groups <= len(targets), f"--groups {config.groups}: there are {len(targets)} targets")
     for name, linear in targets.items():
         kind, most = linear.weight.dtype, min(linear.weight.shape)
-        require(kind.is_floating_point, f"{name} has {kind} weights: load the model unquantised")
+        require(kind.itemsize > 1, f"{name} has {kind} weights: load the model unquantised")
         require(k <= most, f"{name} has {most} singular triplets, not {k}: lower --rank or --rounds")
     return k
 
@@ -227,7 +227,6 @@ class Booster:
     def merge(self) -> None:
         """Detach the adapter, keep its v, write the weights."""
         require(self.v is not None, "merge: no adapter is attached")
-        self.hooks.close()
         self.vectors.append(self.v.detach().cpu())
         self.v = None
         self.write()
@@ -242,6 +241,7 @@ class Booster:
     @torch.no_grad()
     def write(self) -> None:
         """weight <- round(W_0 + delta), in place, for every target; and how much of delta that keeps."""
+        self.hooks.close()  # of an adapter
         learned, self.kept, self.total = any(v.any() for v in self.vectors), 0.0, 0.0
         for name, linear in self.targets.items():
             W0, delta = self.base[name].to(linear.weight.device), self.delta(name)
@@ -333,13 +333,14 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
 
         task.train, task.tests           a sequence of examples; dict: name -> examples
         task.evaluate(examples)          -> (list of bool: right?, dict of further metrics)
-        task.fit(examples, v, round)     -> dict of statistics; trains v in place
+        task.fit(examples, v, round)     -> dict of statistics; trains v in place, not v.data
         task.effort                      optional: what training on an example costs, in evaluations
 
     Tests first, last, every `test_every` rounds. Continues a run with a new learner. Returns its records."""
     out, config = Path(out), booster.config
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
+    require(getattr(task, "seed", config.seed) == config.seed, "the task's seed is not the booster's")
     data = hashlib.sha256(to_json([list(task.train), task.tests]).encode()).hexdigest()[:16]
     trainer = vars(task.config) if dataclasses.is_dataclass(getattr(task, "config", None)) else {}
     settings = claim(out, {**vars(config), **trainer, **(settings or {}), "data": data})
@@ -467,9 +468,9 @@ def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int
     """How many of the prompts, by their lengths, longest first, make a batch of n rows each. Keys, values and
     four fp32 copies of the logits fit in half of a GPU's free memory, as a power of two, so that batches, and
     with them roundings, seldom change; on a CPU in 2 GiB. Padding is at most an eighth, and 2,048 tokens."""
-    c, memory, longest = model.config.get_text_config(), 2**31, lengths[0]
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    c, d, memory, longest = model.config.get_text_config(), model.device, 2**31, lengths[0]
+    if d.type == "cuda":
+        free = torch.cuda.mem_get_info(d)[0] + torch.cuda.memory_reserved(d) - torch.cuda.memory_allocated(d)
         memory = 2 ** int(math.log2(max(free / 2, 1)))
     head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
@@ -496,6 +497,7 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
         end = min(first + size, width - 1)
         model.base_model(input_ids=ids[:, first:end], attention_mask=mask[:, :end],
                          position_ids=positions[:, first:end], **options)
+    require(not any(hasattr(x, "conv_states") for x in cache.layers), "a model with recurrent layers")
     cache.batch_repeat_interleave(n)
     token, mask, positions = (x.repeat_interleave(n, 0) for x in (ids[:, -1], mask, positions))
     stops = torch.tensor(stops, dtype=torch.long, device=device)
@@ -526,8 +528,7 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     return [(t[:end], p[:end]) for t, p, end in zip(tokens.tolist(), logprobs.tolist(), ends.tolist())]
 
 # GRPO (arXiv 2402.03300): loss = - sum_i A_i log pi(y_i | x) / tokens, A_i = (r_i - mean) / std -------------
-# No ratio pi/pi_old, no clip, no KL term: a batch is sampled from the current weights and used for one step,
-# so the ratio is 1 (`policy_gradient` refuses far ones); a round starts from v = 0 and is short.
+# A batch serves one step, by the weights it is of: the ratio is 1, no clip. A round starts at v = 0: no KL.
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     """A_i = (r_i - mean) / std (the population's) by group, fp32 [groups, group_size]; 0 in flat ones."""
@@ -546,20 +547,21 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
         targets += [(token, logprob, a) for token, logprob in zip(c.tokens, c.logprobs, strict=True)]
     ids, owner, position = (torch.tensor([x], device=model.device) for x in zip(*row, strict=True))
     tokens, drawn, advantage = (torch.tensor(x, device=model.device) for x in zip(*targets, strict=True))
-    options = {}
+    options, about, gap = {}, model.config.get_text_config(), 0.0
     if len(completions) > 1:  # else the model's own causal mask does
         sees = ((owner == 0) | (owner == owner.T)).tril()  # [position, position]
         mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         options = {"attention_mask": mask[None, None], "position_ids": position}
     states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, shared:]
-    size, gap = max(1, 2**25 // model.config.get_text_config().vocab_size), 0.0  # positions of a chunk
+    size, cap = max(1, 2**25 // about.vocab_size), getattr(about, "final_logit_softcapping", None)  # Gemma 2
     leaf = states.detach().requires_grad_()
     for x, token, log_pi, a in zip(*(y.split(size) for y in (leaf, tokens, drawn, advantage)), strict=True):
-        logits = model.get_output_embeddings()(x).float().div_(temperature)
+        logits = model.get_output_embeddings()(x).float()
+        logits = (cap * (logits / cap).tanh() if cap else logits).div_(temperature)
         losses = nn.functional.cross_entropy(logits, token, reduction="none")  # - log pi
-        gap += float((losses.detach() + log_pi).abs().sum())  # refused from 1 a token on; NaN, in `descend`
+        gap += float((losses.detach() + log_pi).abs().sum())  # by bf16 .03 a token; NaN: see `descend`
         (a * losses).sum().backward()
-    require(not gap >= len(tokens), "training saw another policy: the model changes logits after its head")
+    require(not gap * temperature > len(tokens) / 3, "GRPO saw another policy: logits change after the head")
     states.backward(leaf.grad)
 
 def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Callable, v: Trained,
@@ -678,10 +680,10 @@ def replace(path: File, write: Callable[[Path], Any]) -> None:
     os.replace(new, path)
 
 def to_json(value: Any) -> str:
-    """JSON; tensors and numpy's numbers as plain ones, sets in order, other objects as their fields."""
+    """JSON; tensors and numpy's numbers as plain ones, sets in order, Datasets as rows, objects as fields."""
     return json.dumps(value, default=lambda x: (
         sorted(x, key=repr) if isinstance(x, (set, frozenset)) else x.tolist() if hasattr(x, "tolist")
-        else getattr(x, "__dict__", type(x).__name__)))
+        else x.to_list() if hasattr(x, "to_list") else getattr(x, "__dict__", type(x).__name__)))
 
 def claim(out: File, settings: Record) -> Record:
     """Lock a run folder until the process ends; its next config.json. InputError where settings differ."""
@@ -693,9 +695,8 @@ def claim(out: File, settings: Record) -> Record:
     path = Path(out) / "config.json"
     on_first_process(load, lock, path.with_name(".lock"), advice=f"is {out} in use by another process?")
     there = read_rows(path, ["data"])[0] if path.exists() else {}
-    require(there or not path.with_name("rounds.jsonl").exists(), f"{path} is missing: choose another --out")
-    # A script claims the folder twice: before its data is read, and in `boost`, with it.
-    here = {"data": there.get("data"), **json.loads(to_json(settings))}
+    require(there or not {"rounds.jsonl", "model"} & {*os.listdir(out)}, f"no {path}: choose another --out")
+    here = {"data": there.get("data"), **json.loads(to_json(settings))}  # not known at a script's first claim
     may_change = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
                  for key in sorted({*there, *here} - may_change) if there and there.get(key) != here.get(key)]
@@ -760,12 +761,11 @@ class RunConfig(Settings):
     test_every: int = setting(0, "test every so many rounds; 0: at the start and at the end")
     export_lora: bool = setting(False, "also write the fine-tune as one LoRA in PEFT's format, to OUT/lora")
     demo: bool = setting(False, "a toy that needs neither download nor GPU, through the same code")
-
     def __post_init__(self):
         super().__post_init__()
         full, gpu = self.method == "full", torch.cuda.is_available()
         require(not (full and self.export_lora), "--export_lora: not with --method full")
-        require(not (self.demo and (self.train_file or self.test_file)), "--demo makes its own data files")
+        require(not (self.demo and self.model + self.train_file + self.test_file), "--demo has its own files")
         if self.dtype == "auto":
             self.dtype = "bfloat16" if gpu and not (self.demo or full) else "float32"
         require(not full or self.dtype == "float32", f"--method full: {self.dtype} rounds small steps away")
@@ -779,7 +779,7 @@ def parse(kinds: Sequence[type], description: str, defaults: dict[str, Any], dem
     parser.set_defaults(**defaults)
     if parser.parse_args().demo:
         torch.set_num_threads(1)
-        parser.set_defaults(**demo)
+        parser.set_defaults(**demo, model="")
     return parser.parse_dict(vars(parser.parse_args()))
 
 def run(main: Callable[[], None]) -> None:
@@ -838,14 +838,14 @@ class TextTask:
 
     def prompts(self, examples: Sequence[Any]) -> list[str]:
         chats = [[{"role": "user", "content": self.prompt(example)}] for example in examples]
-        if not self.tokenizer.chat_template:
-            return [chat[0]["content"] for chat in chats]
+        if not self.tokenizer.chat_template:  # a base model's texts may begin with a token, as Llama's
+            begin = self.tokenizer.decode(self.tokenizer("")["input_ids"])
+            return [begin + chat[0]["content"] for chat in chats]
         return self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
     def evaluate(self, examples: Sequence[Any]) -> tuple[list[bool], dict[str, float]]:
-        done = generate(self.model, self.tokenizer, self.prompts(examples), label="evaluate",
-                        max_new_tokens=self.config.max_new_tokens)
-        texts = [completion.text for completion in done]
+        texts = [c.text for c in generate(self.model, self.tokenizer, self.prompts(examples), 1, 0.0,
+                                          self.config.max_new_tokens, label="evaluate")]
         grades = on_first_process(self.grade, texts, examples)
         require(hasattr(grades, "__len__"), f"grade must return a number for each text, not {grades!r}")
         more = {"lenient_accuracy": sum(self.lenient(texts, examples)) / len(texts)} if self.lenient else {}

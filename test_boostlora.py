@@ -9,10 +9,7 @@ import subprocess, sys, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-import transformers as hf
+import numpy as np, pytest, tokenizers, torch, transformers as hf
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -182,8 +179,10 @@ def test_modules_share_vectors_in_contiguous_blocks_in_depth_order():
 def test_only_an_attached_adapter_is_merged_and_only_once():
     booster = Booster(qwen(), BoostConfig(rounds=2))
     for _ in range(2):
-        draw(booster.attach(), 99)  # dropped, as another is attached
-        assert not booster.attach().any() and torch.equal(logits(booster.model), logits(qwen()))
+        for drop in booster.write, booster.attach:
+            draw(booster.attach(), 99)  # dropped, as the weights are written, or another is attached
+            drop()
+            assert torch.equal(logits(booster.model), logits(qwen()))
         booster.merge()
         with refused("no adapter"):
             booster.merge()
@@ -380,9 +379,11 @@ def parity(indices, texts):
 
 def dropping():  # the dropout that generate switches off
     return qwen(kind=hf.LlamaForCausalLM, attn_implementation="eager", attention_dropout=0.9).train()
+def capped():
+    return qwen(kind=hf.Gemma2ForCausalLM, head_dim=8, final_logit_softcapping=1.0)
 
 @pytest.mark.parametrize(("make", "budget"), [
-    (None, 10**6), (None, 60), (None, 1), (dropping, 10**6), (sliding, 10**6)])
+    (None, 10**6), (None, 60), (None, 1), (dropping, 10**6), (sliding, 10**6), (capped, 10**6)])
 def test_the_gradient_is_the_hand_computed_one(talker, make, budget):
     def note(_, args, options):
         if not options["use_cache"]:
@@ -415,7 +416,7 @@ def test_the_gradient_is_the_hand_computed_one(talker, make, budget):
     assert 1 <= stats["flat_groups"] == 4 - len(trained) / 6 < 4
     assert stats["reward"] == pytest.approx(float(rewards.mean()))
     assert max(heights) == 8
-    if budget == 1 or make is sliding:  # no mask of ours: one completion a row
+    if budget == 1 or make in (sliding, capped):  # no mask of ours: one completion a row
         assert sorted(sizes) == sorted(prompt + new - 1 for prompt, new in trained)
     elif budget == 60:
         assert max(sizes) <= budget and len(sizes) < len(trained)
@@ -506,18 +507,13 @@ SOME, WARY = (dataclasses.replace(CONFIG, **x) for x in ({"recheck": 0.5}, {"acc
 def run_words(out, learner=Booster, stop_at=None, config=CONFIG, **options):
     model, lr = esm(), {FullFineTuning: 1e-4, BoRA: 0.03}.get(learner, 0.05)
     return boost(learner(model, config), Words(model, stop_at, lr), out, **options), model
-
 def saved(out):
     return hf.EsmForSequenceClassification.from_pretrained(out / "model")
-
 def state(out):
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     times = [line.pop("seconds") for line in lines]
     assert all(time.keys() >= {"evaluate", "generate", "train", "merge"} for time in times)
     return lines, [path.read_bytes() for path in sorted(out.glob("*.safetensors"))]
-
-def files(out):
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 def test_the_record_is_complete_and_adds_up(tmp_path, capsys):
     records, model = run_words(tmp_path, test_every=2, settings={"lr": 0.05})
@@ -564,11 +560,13 @@ def test_more_rounds_continue_a_finished_run_and_fewer_are_refused(tmp_path):
         run_words(tmp_path / "short")
 
 def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
+    def files():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     def check(message, **options):
-        before = files(tmp_path)
+        before = files()
         with refused(message):
             run_words(tmp_path, **{"settings": {"lr": 1}, **options})
-        assert files(tmp_path) == before
+        assert files() == before
     run_words(tmp_path, settings={"lr": 1})
     check("seed 0 there, 1 here", config=dataclasses.replace(CONFIG, seed=1))
     check("lr 1 there, None here.*top_p None there, 1 here", settings={"top_p": 1})
@@ -580,7 +578,7 @@ def test_damaged_or_foreign_state_is_named_and_nothing_is_overwritten(tmp_path):
     run_words(tmp_path, settings={"lr": 1, "workers": 9, "micro_batch_tokens": 9})  # these change no result
     for name, change, message in [
             ("adapters.safetensors", None, "missing"), ("rounds.jsonl", None, "missing"),
-            ("config.json", None, "missing"), ("config.json", lambda old: b"5", "'data' is missing"),
+            ("config.json", None, "choose"), ("config.json", lambda old: b"5", "'data' is missing"),
             ("adapters.safetensors", lambda old: old[:-7], "damaged"),
             ("rounds.jsonl", lambda old: old[:-30], "line 5 .*one JSON object a line"),
             ("rounds.jsonl", lambda old: old.replace(b'"round": 1', b'"round": 3'), "line 2 is damaged")]:
@@ -609,6 +607,9 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path):
         with refused("in use by another process"):
             run_words(tmp_path)
         other.kill()
+    (tmp_path / "own" / "model").mkdir(parents=True)  # anyone's: `boost` would write over it
+    with refused("no .*config.json"):
+        run_words(tmp_path / "own")
     boostlora.claim(tmp_path, vars(CONFIG))  # as a script does, from its first check on
     assert len(run_words(tmp_path)[0]) == 5
 
@@ -649,8 +650,8 @@ def test_the_loop_stops_when_nothing_fails_and_refuses_no_data(tmp_path, capsys)
 
 def test_test_figures_are_paired_with_those_of_the_base_model(tmp_path):
     first, middle, last = Script({0, 50, 51, 53}, {0, 51, 52, 53}, {0, 50, 52}).run(tmp_path, rounds=2)
-    for record, figures in (first, [0, 0, [0, 1, 3], 0.25]), (last, [2, 1, [0, 2], 0.5]), (middle, [None] * 4):
-        assert [record.get(f"held_{name}") for name in ("fixed", "regressed", "failed", "accuracy")] == figures
+    for r, figures in (first, [0, 0, [0, 1, 3], 0.25]), (last, [2, 1, [0, 2], 0.5]), (middle, [None] * 4):
+        assert [r.get(f"held_{x}") for x in ("fixed", "regressed", "failed", "accuracy")] == figures
 
 def test_with_recheck_a_round_looks_at_failures_and_a_seeded_share(tmp_path):
     wrong = {0, 1, 2, 3}, {1, 2, 3, 8, 9, 10, 11}, {2, 3, 8}, {3, 9}
@@ -680,14 +681,12 @@ def test_a_worse_round_is_taken_back_where_accept_is_better(tmp_path):
     with refused("--accept better needs --recheck 1"):  # what was not looked at cannot be compared
         task.run(tmp_path / "both", rounds=3, accept="better", recheck=0.5)
 
-def test_failures_only_or_with_replayed_right_examples():
+def test_failures_only_or_with_right_examples_and_how_long_that_takes():
     train, failed = list("abcdefghij"), [1, 4, 7]
     none, some, other, every = (boostlora.select(train, failed, BoostConfig(replay=replay), t)
                                 for replay, t in ((0, 0), (1, 0), (1, 1), (-1, 0)))
     assert none == list("beh") and every == train and some != other
     assert len(some) == 6 and set("beh") < set(some) and some == sorted(some)
-
-def test_the_time_to_go_counts_rounds_trained_evaluated_and_tested():
     task = SimpleNamespace(train=range(80), tests={"a": range(15), "b": range(5)}, effort=3)
     seconds = 6 * (10 * (3 * 40 + 40 + 20) + 20)  # with half of the 40 right ones looked at again
     assert boostlora.estimate(task, BoostConfig(recheck=0.5), 6 * 100, 40).seconds == seconds
@@ -741,6 +740,8 @@ def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path):
     task.config.lr = 0.2
     with refused("lr 0.1 there, 0.2 here"):
         boost(Booster(model, BoostConfig(rounds=2, groups=0, u=4)), task, tmp_path)
+    with refused("the task's seed"):
+        boost(Booster(model, BoostConfig(seed=1)), task, tmp_path)
     assert records[-1]["failures"] < records[0]["failures"] == 7
     assert (tmp_path / "model" / "tokenizer.json").exists()
     tokenizer.chat_template = "{{ messages[0]['role'] }}: {{ messages[0]['content'] }}" \
@@ -748,6 +749,9 @@ def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path):
     assert task.prompts(["1", "2"]) == ["user: 1 say:", "user: 2 say:"]
     tokenizer.chat_template = None
     assert task.prompts(["1", "2"]) == ["1", "2"]
+    begin = tokenizers.processors.TemplateProcessing("####:0 $A", special_tokens=[("####", 19)])
+    tokenizer.backend_tokenizer.post_processor = begin  # as Llama's begins with <s>
+    assert task.prompts(["1", "2"]) == ["####1", "####2"]
 
 # train_math: the command line, grading, the demo ------------------------------------------------------------
 
@@ -852,6 +856,8 @@ GRADES = [  # completion, answer, only boxed answers count?, right?
     (r"\boxed{[-2,7)}", r"x \in [-2,7]", True, False), (r"\boxed{[-2, 7]}", r"x \in [-2,7]", True, True),
     (r"\boxed{(3, +\infty) \cup (-\infty,2)}", r"(-\infty, 2) \cup (3, \infty)", True, True),
     (r"\boxed{\begin{bmatrix}\frac12&0.5\end{bmatrix}}", r"\begin{pmatrix}1/2&1/2\end{pmatrix}", True, True),
+    (r"\boxed{(A), (B)}", "(A)", True, False), (r"\boxed{(B), (A)}", "(B), (A)", True, True),
+    (r"\boxed{5:30 \text{ a.m.}}", "5:30 p.m.", True, False), (r"\boxed{(D) P(A)}", "D", True, True),
     (r"\boxed{evelyn}", r"\text{Evelyn}", True, True), (r"\boxed{\text{(C)}}", "C", True, True)]
 
 @pytest.mark.parametrize(("completion", "answer", "strict", "expected"), GRADES)
@@ -880,7 +886,6 @@ def demo(out, *flags, threads=1):
     command = [sys.executable, HERE / "train_math.py", "--demo", "--out", out, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)})
-
 def end_after(process, out, rounds, signal):
     """Signal the process somewhere in a round; what it printed."""
     record = out / "rounds.jsonl"
@@ -894,7 +899,7 @@ DEMO = ("--rounds", "3", "--limit", "200", "--epochs", "2", "--micro_batch_token
 
 @pytest.fixture(scope="session", autouse=True)
 def whole(request, tmp_path_factory):
-    """The demo, begun beside the first test if its own is among those chosen: two minutes of the other core."""
+    """The demo, begun beside the first test, if its own is chosen: two minutes of the other core."""
     if not any("killed_it_ends" in item.name for item in request.session.items):
         return (yield)
     with demo(out := tmp_path_factory.mktemp("demo") / "whole", *DEMO) as process:
@@ -973,13 +978,12 @@ ATTACKS = {
     "read secret": "open('{tmp}/secret').read()", "stat": "os.stat('{file}')",
     "link": "os.symlink('{tmp}/secret', 's')\nopen('s').read()", "list": "os.listdir('{project}')",
     "write library": "open(os.__file__, 'a')", "chmod library": "os.chmod(os.__file__, 0o777)",
-    "fchmod": "os.fchmod(os.open('own', 66), 0o444)", "datagram": "socket.socketpair(1, 2)",
-    "closed folder": "os.mkdir('d', 0o300)\nopen('d/x', 'w')\n1/0",
+    "fchmod": "os.fchmod(os.open('own', 66), 0o444)", "empty": "os.open('own', 66)\nos.open('own', 512)",
+    "closed folder": "os.mkdir('d', 0o300)\nopen('d/x', 'w')\n1/0", "datagram": "socket.socketpair(1, 2)",
     "shmctl": "c = ctypes.CDLL(None, use_errno=True)\nc.shmctl(-1, 2, 0)\nassert ctypes.get_errno() != 1"}
 EQUAL = """class Same{0}:
-    __hash__ = None
     __eq__ = __contains__ = __lt__ = __gt__ = __le__ = __ge__ = lambda a, b: True
-    __ne__ = lambda a, b: False
+    __hash__, __ne__ = None, lambda a, b: False
     __sub__ = __rsub__ = __abs__ = __getattr__ = lambda *a: a[0]
 """
 CHEATS = {  # each stands after a wrong function: it wants a verdict that it has not earned
@@ -998,10 +1002,7 @@ POINT = """class P:
     def __init__(self, x): self.x = x
     def __eq__(self, other): return self.x == getattr(other, 'x', other)
     def __iter__(self): return iter(range(self.x))"""
-WITH = """from collections import *
-from datetime import *
-from fractions import Fraction
-"""
+WITH = "from collections import *\nfrom datetime import *\nfrom fractions import Fraction\n"
 VALUES = [  # code, tests, verdict: the tests see what they would see without a sandbox
     ("def f(x): os._exit(0)", "try: f(1)\nexcept BaseException: pass", False),
     ("def f(x): return range(x)", "assert f(2) == [0, 1]", False), ("f = 2", "f += 1\nassert f == 3", True),
@@ -1146,6 +1147,7 @@ def test_what_passes_is_rewarded_in_every_way_to_answer(tmp_path):
         (demo, row["code"], True), (demo, row["code"].replace("return x", "return 1 + x"), False),
         (mbpp, RIGHT, True), (mbpp, f"```{RIGHT}", True), (mbpp, f"```python{WRONG}```", False),
         (mbpp, f"```python{WRONG}```\nor\n```python{RIGHT}```\n```bash\nls\n```", True),
+        (mbpp, f"```python{RIGHT}```\nUse it:\n```python\nprint(f(1))\n```", True),
         (human, f"```python\n{whole}\n```", True), (human, HUMANEVAL["canonical_solution"], True),
         (human, f"```python\r\nfrom __future__ import annotations\r\n{whole}\r\n```", True),
         (human, "    pass\n", False), (human, whole.replace("def f", "def h"), False),

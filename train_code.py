@@ -4,7 +4,6 @@
     python train_code.py                                            a quick run on one GPU: 374 tasks
     python train_code.py --rounds 1 --replay -1 --epochs 5          single-shot TinyLoRA on all examples
     python train_code.py --rounds 20 --test_every 1                 the paper's run
-    torchrun --nproc-per-node 8 train_code.py                       the quick run on 8 GPUs
 
 HumanEval is never trained on. The reward is 1 if the code passes every test of its task, else 0. What the
 model writes runs in the sandbox of this file (Linux alone), apart from the tests: no code judges itself."""
@@ -93,11 +92,12 @@ def load_data(args: RunConfig) -> tuple[list, dict[str, list]]:
     return train, {name: problems[:args.test_limit or None] for name, problems in tests.items()}
 
 def extract_code(completion: str) -> str:
-    """The last fenced Python block of a completion (which may break off in it), or the whole text."""
+    """The last fenced Python block (which may break off), of those with a `def` if any, or the whole text."""
     blocks = re.findall(r"```[ \t]*(\w*)[^\n`]*\n(.*?)(?:```|\Z)", completion, re.DOTALL)
     tagged = [code for language, code in blocks if language.lower() in ("python", "python3", "py")]
     plain = [code for language, code in blocks if not language]
-    return textwrap.dedent((tagged or plain or [completion])[-1])
+    found = tagged or plain or [completion]
+    return textwrap.dedent(([code for code in found if "def " in code] or found)[-1])
 
 def program(problem: dict[str, Any], completion: str) -> tuple[str, str]:
     """(code, tests) for the sandbox. HumanEval's function may have been repeated, as asked, or continued."""
@@ -139,8 +139,8 @@ SYSTEM = "/usr/lib /usr/lib64 /usr/local/lib /usr/share/zoneinfo /lib /lib64 /et
 REMAINS = "No file system of its own for the sandbox here ({}): see the README for what Landlock leaves open"
 COMMON = """array bisect calendar cmath concurrent.futures.thread copy dataclasses gc hashlib heapq logging
     queue random socket statistics string tempfile textwrap threading time traceback typing"""
-MACHINES = {  # column in CALLS, the kernel's name for it, the numbers of clone, socketpair, fcntl and ioctl
-    "x86_64": (0, 0xC000003E, 56, 53, 72, 16), "aarch64": (1, 0xC00000B7, 220, 199, 25, 29)}
+MACHINES = {  # column in CALLS, kernel's name, numbers of clone, socketpair, fcntl, ioctl, openat and open
+    "x86_64": (0, 0xC000003E, 56, 53, 72, 16, 257, 2), "aarch64": (1, 0xC00000B7, 220, 199, 25, 29, 56, 999)}
 CALLS = """
     fork=57/999 vfork=58/999 execve=59/221 execveat=322/281 kill=62/129 tkill=200/130 tgkill=234/131
     rt_sigqueueinfo=129/138 rt_tgsigqueueinfo=297/240 ptrace=101/117 process_vm_readv=310/270
@@ -373,8 +373,8 @@ PROGRAM = "\n".join([
 def system_calls() -> bytes:
     """The filter: no new processes (but threads), programs, signals, tracing, sockets (but pairs), limits,
     priorities, namespaces, memory that outlives its process, and changes to files that Landlock overlooks."""
-    column, machine, clone, pair, fcntl, ioctl = MACHINES[os.uname().machine]
-    load, equal, least, bit, give = 0x20, 0x15, 0x35, 0x45, 0x06  # (which, skipped if so, if not, value)
+    column, machine, clone, pair, fcntl, ioctl, *opens = MACHINES[os.uname().machine]
+    load, equal, least, bit, mask, give = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06  # (which, skip if, not, value)
     refuse, absent, allow = ((give, 0, 0, value) for value in (0x50001, 0x50026, 0x7FFF0000))  # EPERM, ENOSYS
     rules = [(load, 0, 0, 4), (equal, 1, 0, machine), refuse, (load, 0, 0, 0)]
     rules += [(least, 0, 1, 424), absent]  # calls since Linux 5.1: the C library then takes older ones
@@ -382,6 +382,9 @@ def system_calls() -> bytes:
     rules += [(equal, 0, 4, pair), (load, 0, 0, 24), (bit, 0, 1, 2), refuse, allow]  # SOCK_DGRAM: to anyone
     for call, own, group in (fcntl, 8, 15), (ioctl, 0x8901, 0x8902):  # F_SETOWN, SIOCSPGRP: who gets SIGIO
         checks = [(load, 0, 0, 24), (equal, 1, 0, own), (equal, 0, 1, group), refuse, allow]
+        rules += [(equal, 0, len(checks), call), *checks]
+    for call, at in zip(opens, (32, 24)):  # O_TRUNC (512), not to write: Landlock sees it from Linux 6.2 on
+        checks = [(load, 0, 0, at), (mask, 0, 0, 515), (equal, 1, 0, 512), (equal, 0, 1, 515), refuse, allow]
         rules += [(equal, 0, len(checks), call), *checks]
     for numbers in re.findall(r"=(\d+)/(\d+)", CALLS):
         rules += [(equal, 0, 1, int(numbers[column])), refuse]
@@ -391,7 +394,6 @@ class Sandbox(ThreadPoolExecutor):
     """`with Sandbox(workers=8) as sandbox: verdicts = sandbox.run(pairs)`; the limits are SandboxConfig's.
     namespaces: False does without a file system of its own, as where the kernel refuses one, which is said in
     a warning. Raises InputError where it cannot start."""
-
     def __init__(self, *limits: float, namespaces: bool = True, **named_limits: float):
         limits, machine = SandboxConfig(*limits, **named_limits), os.uname().machine
         require(sys.platform == "linux" and machine in MACHINES, "the sandbox needs Linux on x86-64 or ARM64")
@@ -464,8 +466,7 @@ def problem_rows(random: random.Random, ids: list[int]) -> Iterator[dict[str, An
     while len(tasks) < len(ids):
         tasks.update([exercise(random, noisy=False)])
     for task_id, (text, code) in zip(ids, tasks.items(), strict=True):
-        space: dict[str, Any] = {}
-        exec(code, space)  # noqa: S102 - our own lines
+        exec(code, space := {})  # noqa: S102 - our own lines
         tests = [f"assert f({x}) == {space['f'](x)}" for x in random.sample(range(-9, 20), 3)]
         yield {"task_id": task_id, "text": text, "code": code, "test_setup_code": "", "test_list": tests}
 
@@ -491,10 +492,9 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
     pretrain(model, batch, steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    rows = [*problem_rows(numbers, [*TRAIN_IDS, *TEST_IDS])]
+    rows = [(row["task_id"], json.dumps(row)) for row in problem_rows(numbers, [*TRAIN_IDS, *TEST_IDS])]
     for name, ids in ("train", TRAIN_IDS), ("test", TEST_IDS):
-        lines = [json.dumps(row) + "\n" for row in rows if row["task_id"] in ids]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for i, line in rows if i in ids))
 
 if __name__ == "__main__":
     run(main)
