@@ -340,7 +340,8 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
     out, config = Path(out), booster.config
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
-    require(getattr(task, "seed", config.seed) == config.seed, "the task's seed is not the booster's")
+    if getattr(task, "seed", 0) is None:  # a TextTask's
+        task.seed = config.seed
     data = hashlib.sha256(to_json([list(task.train), task.tests]).encode()).hexdigest()[:16]
     trainer = vars(task.config) if dataclasses.is_dataclass(getattr(task, "config", None)) else {}
     settings = claim(out, {**vars(config), **trainer, **(settings or {}), "data": data})
@@ -444,9 +445,9 @@ class Completion(NamedTuple):
 
 def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[str], n: int = 1, temperature: float = 0.0,
              max_new_tokens: int = 1024, seed: Any = 0, label: str = "generate") -> list[Completion]:
-    """n completions of every prompt, in order: those of prompts[i] are at [i n, (i + 1) n). Prompts are
-    formatted strings, tokenised without adding special tokens. Temperature 0 is greedy; otherwise the draws
-    follow from `seed`, the call's shape and the place in it, not from batches. torchrun shares the work."""
+    """n completions of every prompt, those of prompts[i] at [i n, (i + 1) n). Prompts are formatted strings,
+    tokenised without adding special tokens. Temperature 0 is greedy; else the draws follow from `seed`, the
+    call's shape and the place in it, not from batches. torchrun shares the work."""
     model.eval()  # what is sampled must be the policy that learns
     ids = tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
     require(all(ids), "generate: a prompt has no token")
@@ -491,8 +492,7 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
     positions = torch.tensor([range(len(p) - width, len(p) + draws.shape[1]) for p in prompts], device=device)
     mask, positions = (positions >= 0).long(), positions.clamp(min=0)  # padding is before 0
-    # Each prompt once, but for its last token, without the head: 8,192 tokens at a time.
-    size = max(1, 8192 // len(prompts))
+    size = max(1, 8192 // len(prompts))  # each prompt once, but for its last token, without the head
     for first in range(0, width - 1, size):
         end = min(first + size, width - 1)
         model.base_model(input_ids=ids[:, first:end], attention_mask=mask[:, :end],
@@ -826,7 +826,7 @@ class TextTask:
     is one; grade(texts, examples) -> rewards, right from 1 on; lenient: a grade for the record alone."""
     def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence, tests: dict[str, Sequence],
                  config: GRPOConfig, prompt: Callable, grade: Callable, lenient: Callable | None = None,
-                 seed: int = 0):
+                 seed: int | None = None):
         self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
         self.train, self.tests, self.prompt, self.grade, self.lenient = train, tests, prompt, grade, lenient
         require("train" not in tests, "a test set cannot be called train, as the training set's figures are")

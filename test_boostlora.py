@@ -730,6 +730,7 @@ def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path):
     data = [f"has {n}, buys {n}?" for n in range(2, 9)]
     task = TextTask(model, tokenizer, data, {"same": data}, config, prompt=str, grade=grade,
                     lenient=lambda texts, examples: [float("####" in text) for text in texts])
+    assert task.seed is None
     records = boost(Booster(model, BoostConfig(rounds=2, groups=0, u=4)), task, tmp_path, tokenizer=tokenizer)
     texts = [c.text for c in generate(model, tokenizer, data, max_new_tokens=12)]
     assert records[-1]["failed"] == [i for i, text in enumerate(texts) if text.count("+") < 3]
@@ -740,8 +741,7 @@ def test_a_task_of_one_s_own_is_a_prompt_and_a_grade(talker, tmp_path):
     task.config.lr = 0.2
     with refused("lr 0.1 there, 0.2 here"):
         boost(Booster(model, BoostConfig(rounds=2, groups=0, u=4)), task, tmp_path)
-    with refused("the task's seed"):
-        boost(Booster(model, BoostConfig(seed=1)), task, tmp_path)
+    assert task.seed == 0  # BoostConfig's
     assert records[-1]["failures"] < records[0]["failures"] == 7
     assert (tmp_path / "model" / "tokenizer.json").exists()
     tokenizer.chat_template = "{{ messages[0]['role'] }}: {{ messages[0]['content'] }}" \
