@@ -497,7 +497,7 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
         end = min(first + size, width - 1)
         model.base_model(input_ids=ids[:, first:end], attention_mask=mask[:, :end],
                          position_ids=positions[:, first:end], **options)
-    require(not any(hasattr(x, "conv_states") for x in cache.layers), "a model with recurrent layers")
+    require(not any(hasattr(x, "conv_states") for x in cache.layers), "recurrent layers are not supported")
     cache.batch_repeat_interleave(n)
     token, mask, positions = (x.repeat_interleave(n, 0) for x in (ids[:, -1], mask, positions))
     stops = torch.tensor(stops, dtype=torch.long, device=device)
