@@ -899,30 +899,12 @@ DEMO = ("--rounds", "3", "--limit", "200", "--epochs", "2", "--micro_batch_token
 
 @pytest.fixture(scope="session", autouse=True)
 def whole(request, tmp_path_factory):
-    """The demo, begun beside the first test, if its own is chosen: two minutes of the other core."""
+    """The demo, begun beside the first test, if its own, the last, is chosen: two minutes of the other core."""
     if not any("killed_it_ends" in item.name for item in request.session.items):
         return (yield)
     with demo(out := tmp_path_factory.mktemp("demo") / "whole", *DEMO) as process:
         yield out, process
         process.kill()
-
-def test_the_demo_learns_and_killed_it_ends_with_the_same_bits(whole, tmp_path):
-    out, process = whole
-    printed, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, printed
-    lines, vectors = state(out)
-    assert 0.6 < lines[0]["test_accuracy"] < 0.75 and lines[-1]["test_accuracy"] > 0.78
-    assert lines[-1]["failures"] <= lines[0]["failures"] * 0.7
-    assert [line["rank"] for line in lines] == [{"min": 4 * t, "max": 4 * t} for t in range(4)]
-    base, merged = (AutoModelForCausalLM.from_pretrained(out / name) for name in ("base", "model"))
-    assert same_bits(bits(Booster.load(base, out / "adapters.safetensors").model), bits(merged))
-    shutil.copytree(out / "base", tmp_path / "base")
-    for rounds in (0, 1):
-        end_after(demo(tmp_path, *DEMO), tmp_path, rounds, signal.SIGKILL)
-        assert (tmp_path / "rounds.jsonl").read_text().count("\n") < 4
-    printed, _ = (last := demo(tmp_path, *DEMO, threads=2)).communicate(timeout=900)  # it takes one thread
-    assert last.returncode == 0, printed
-    assert state(tmp_path) == (lines, vectors)
 
 def test_ctrl_c_and_mistakes_end_in_one_sentence(toy, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a child ignores it where pytest was told to
@@ -1298,3 +1280,21 @@ def test_the_programs_of_the_readme_run_as_they_stand(toy, tmp_path, monkeypatch
     trained(model, rounds=10, rank=1).save("runs/math-demo/adapters.safetensors")
     exec(load, loaded := {})  # noqa: S102
     assert same_bits(bits(loaded["model"]), bits(model)) and not same_bits(bits(loaded["early"]), bits(model))
+
+def test_the_demo_learns_and_killed_it_ends_with_the_same_bits(whole, tmp_path):
+    out, process = whole
+    printed, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, printed
+    lines, vectors = state(out)
+    assert 0.6 < lines[0]["test_accuracy"] < 0.75 and lines[-1]["test_accuracy"] > 0.78
+    assert lines[-1]["failures"] <= lines[0]["failures"] * 0.7
+    assert [line["rank"] for line in lines] == [{"min": 4 * t, "max": 4 * t} for t in range(4)]
+    base, merged = (AutoModelForCausalLM.from_pretrained(out / name) for name in ("base", "model"))
+    assert same_bits(bits(Booster.load(base, out / "adapters.safetensors").model), bits(merged))
+    shutil.copytree(out / "base", tmp_path / "base")
+    for rounds in (0, 1):
+        end_after(demo(tmp_path, *DEMO), tmp_path, rounds, signal.SIGKILL)
+        assert (tmp_path / "rounds.jsonl").read_text().count("\n") < 4
+    printed, _ = (last := demo(tmp_path, *DEMO, threads=2)).communicate(timeout=900)  # it takes one thread
+    assert last.returncode == 0, printed
+    assert state(tmp_path) == (lines, vectors)
