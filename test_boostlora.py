@@ -899,7 +899,7 @@ DEMO = ("--rounds", "3", "--limit", "200", "--epochs", "2", "--micro_batch_token
 
 @pytest.fixture(scope="session", autouse=True)
 def whole(request, tmp_path_factory):
-    """The demo, begun beside the first test, if its own, the last, is chosen: two minutes of the other core."""
+    """The demo, begun beside the first test, if its own, the last, is chosen: two minutes of a core."""
     if not any("killed_it_ends" in item.name for item in request.session.items):
         return (yield)
     with demo(out := tmp_path_factory.mktemp("demo") / "whole", *DEMO) as process:
