@@ -228,7 +228,6 @@ class Booster:
         """Detach the adapter, keep its v, write the weights."""
         require(self.v is not None, "merge: no adapter is attached")
         self.vectors.append(self.v.detach().cpu())
-        self.v = None
         self.write()
 
     def rollback(self, n: int = 1) -> None:
@@ -241,7 +240,8 @@ class Booster:
     @torch.no_grad()
     def write(self) -> None:
         """weight <- round(W_0 + delta), in place, for every target; and how much of delta that keeps."""
-        self.hooks.close()  # of an adapter
+        self.hooks.close()
+        self.v = None  # an adapter that was not merged is dropped
         learned, self.kept, self.total = any(v.any() for v in self.vectors), 0.0, 0.0
         for name, linear in self.targets.items():
             W0, delta = self.base[name].to(linear.weight.device), self.delta(name)
