@@ -65,9 +65,10 @@ class Settings:
     def __post_init__(self):
         for name, kind in [(field.name, field.type) for field in dataclasses.fields(self)]:
             value, least, choices = getattr(self, name), self.least.get(name, 0), get_args(kind)
-            require(not choices or value in choices, f"--{name} {value}: must be one of {', '.join(choices)}")
-            fits = isinstance(value, str) or least <= value < math.inf
-            require(fits, f"--{name} {value}: must be at least {least}")
+            require(not choices or value in choices, f"--{name} {value!r}: must be one of {', '.join(choices)}")
+            if kind in (int, float):
+                fits = (hasattr(value, "__index__") or isinstance(value, kind)) and least <= value < math.inf
+                require(fits, f"--{name} {value!r}: must be at least {least}, of type {kind.__name__}")
 
 @dataclasses.dataclass
 class BoostConfig(Settings):
@@ -86,7 +87,7 @@ class BoostConfig(Settings):
 @dataclasses.dataclass
 class GRPOConfig(Settings):
     """GRPO on fresh completions."""
-    epochs: float = setting(1.0, "passes over the round's examples: fewer failures, fewer steps")
+    epochs: float = setting(1.0, "passes over the round's examples, rounded up to whole steps")
     prompts: int = setting(16, "prompts per optimiser step; with fewer failures, a step takes all")
     group_size: int = setting(8, "completions per prompt: failures are hard, 4 would often all be wrong")
     max_new_tokens: int = setting(512, "tokens per completion: a longer one is cut, and then mostly wrong")
@@ -98,7 +99,7 @@ class GRPOConfig(Settings):
 @dataclasses.dataclass
 class CEConfig(Settings):
     """Cross-entropy on labelled batches; the task makes them, and does the line search (train_protein)."""
-    epochs: int = setting(1, "passes over the round's examples: fewer failures, fewer steps")
+    epochs: int = setting(1, "passes over the round's examples, rounded up to whole steps")
     batch_tokens: int = setting(8192, "tokens per step, padding included")
     lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
@@ -156,10 +157,9 @@ class TinyLoRA(nn.Module):
 
 def find_targets(model: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear inside the transformer blocks, by name, in depth order: no embeddings, no head. The
-    blocks are the nn.ModuleList with the most weights, in the language model of a multimodal one."""
-    text = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())
+    blocks are the nn.ModuleList with the most weights: of a multimodal model, the language model's."""
     inside = [{f"{prefix}.{name}": m for name, m in part.named_modules() if isinstance(m, nn.Linear)}
-              for prefix, part in model.named_modules() if isinstance(part, nn.ModuleList) and part in text]
+              for prefix, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     targets = max(inside, key=lambda linears: sum(m.weight.numel() for m in linears.values()), default={})
     require(targets, f"{type(model).__name__} has no nn.ModuleList of blocks with an nn.Linear (not Conv1D)")
     return targets
@@ -184,7 +184,7 @@ def checksum(model: nn.Module) -> str:
 
 class Booster:
     """W_0 of the targets, their basis, and v of every round; keeps the weights of the model, all of it
-    frozen, equal to W_t at the top. Raises InputError where model and configuration do not fit."""
+    frozen, equal to W_t between rounds. Raises InputError where model and configuration do not fit."""
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.targets = model.requires_grad_(False), config, find_targets(model)
         self.k = check_fit(model, config)  # triplets used of each target
@@ -227,7 +227,7 @@ class Booster:
     def merge(self) -> None:
         """Detach the adapter, keep its v, write the weights."""
         require(self.v is not None, "merge: no adapter is attached")
-        self.vectors.append(self.v.detach().cpu())
+        self.vectors.append(self.v.detach().to("cpu", copy=True))
         self.write()
 
     def rollback(self, n: int = 1) -> None:
@@ -281,7 +281,7 @@ class Booster:
 
     def save(self, path: File) -> None:
         """Write v of all rounds [rounds, groups, u], 4 bytes a number, and what rebuilds the rest."""
-        v = torch.stack([torch.zeros(self.groups, self.config.u), *self.vectors])[1:]
+        v = torch.stack(self.vectors) if self.vectors else torch.zeros(0, self.groups, self.config.u)
         about = json.dumps({"format": 2, "config": vars(self.config), "base": self.checksum})
         replace(path, lambda new: safetensors.torch.save_file({"v": v}, new, {"boostlora": about}))
 
@@ -301,7 +301,6 @@ class Booster:
         rounds, weights = len(v) if rounds is None else rounds, weights or [1.0] * len(v)
         require(0 <= rounds <= min(len(v), self.config.rounds) and len(weights) == len(v),
                 f"{path} has {len(v)} rounds: {rounds} of them and {len(weights)} weights do not fit")
-        require(v.shape[1:] == (self.groups, self.config.u) and v.isfinite().all(), f"{path}: v is damaged")
         self.vectors = [v[t] * weights[t] for t in range(rounds)]
         self.write()
         return self
@@ -329,22 +328,24 @@ class Booster:
 def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Record | None = None,
           tokenizer: Any = None) -> list[Record]:
     """Boost a learner (a Booster, or what has its attach, merge, save, resume, model and config, may have its
-    summary, and has its rollback where accept="better") on a task:
+    summary and checksum, and has its rollback where accept="better") on a task:
 
         task.train, task.tests           a sequence of examples; dict: name -> examples
         task.evaluate(examples)          -> (list of bool: right?, dict of further metrics)
         task.fit(examples, v, round)     -> dict of statistics; trains v in place, not v.data
-        task.effort                      optional: what training on an example costs, in evaluations
+        task.effort, task.seed           optional: what training on an example costs, in evaluations; is set
 
-    Tests first, last, every `test_every` rounds. Continues a run with a new learner. Returns its records."""
+    Tests first, last, every `test_every` rounds. Continues the run in the folder `out`, with a new learner;
+    InputError where its `settings`, data or base model differ. Returns the records, one a round."""
     out, config = Path(out), booster.config
     require(all(map(len, [task.train, *task.tests.values()])), "there is an empty training or test set")
     require(config.accept == "all" or hasattr(booster, "rollback"), "--accept better: not with this learner")
-    if getattr(task, "seed", 0) is None:  # a TextTask's
+    if hasattr(task, "seed"):  # a TextTask's: its samples follow from it
         task.seed = config.seed
     data = hashlib.sha256(to_json([list(task.train), task.tests]).encode()).hexdigest()[:16]
     trainer = vars(task.config) if dataclasses.is_dataclass(getattr(task, "config", None)) else {}
-    settings = claim(out, {**vars(config), **trainer, **(settings or {}), "data": data})
+    identity = {"data": data, "base": getattr(booster, "checksum", "")[:16]}
+    settings = claim(out, {**vars(config), **trainer, **(settings or {}), **identity})
     records = read_state(out, booster)
     replace(out / "config.json", lambda new: new.write_text(to_json(settings)))
     while not records or (len(records) <= config.rounds and records[-1]["failures"]):
@@ -352,7 +353,7 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
         stats, clock = {}, time.perf_counter
         start = trained = merged = clock()  # before round 0, both take 0 seconds
         if t >= 0:
-            stats = task.fit(select(task.train, records[-1]["failed"], config, t), booster.attach(), t)
+            stats = task.fit(select(task.train, records[-1]["failed"], config, t), booster.attach(), t) or {}
             trained = clock()
             booster.merge()
             merged = clock()
@@ -391,7 +392,7 @@ def failures(task: Any, examples: Sequence[Any], looked: Sequence[int]) -> tuple
 def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: int) -> Record:
     """The record after round t (-1: before any): F_{t+1}, and tests. `accept` may take the round back."""
     config, everything, last = booster.config, [*range(len(task.train))], t + 1 == booster.config.rounds
-    before = records[-1]["failed"] if records else everything  # of the base model nothing is known
+    before = records[-1]["failed"] if records else everything  # line 0: none is fixed or regressed
     right, found = sorted({*everything} - {*before}), {"round": t + 1}
     share = 1 if last else config.recheck
     looked = sorted(before + sampled(right, math.ceil(len(right) * share), config.seed, "recheck", t))
@@ -483,14 +484,14 @@ def batch_size(model: nn.Module, lengths: list[int], n: int, max_new_tokens: int
 
 @torch.inference_mode()
 def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: float, stops: list[int],
-           draws: Tensor, label: str) -> list[tuple[list[int], list[float]]]:
-    """(tokens, log-probabilities) of a batch's rows, by draws [rows, tokens]; prompts: longest first."""
+           uniforms: Tensor, label: str) -> list[tuple[list[int], list[float]]]:
+    """(tokens, log-probabilities) of a batch's rows, by uniforms [rows, tokens]; prompts: longest first."""
     from transformers import DynamicCache
     device, width, cache = model.device, len(prompts[0]), DynamicCache(config=model.config)
     accepted = inspect.signature(model.base_model.forward).parameters
     options = {"use_cache": True, "cache" if "cache" in accepted else "past_key_values": cache}  # before 5.24
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # padded on the left
-    positions = torch.tensor([range(len(p) - width, len(p) + draws.shape[1]) for p in prompts], device=device)
+    positions = torch.tensor([range(len(p) - width, len(p) + uniforms.shape[1]) for p in prompts]).to(device)
     mask, positions = (positions >= 0).long(), positions.clamp(min=0)  # padding is before 0
     size = max(1, 8192 // len(prompts))  # each prompt once, but for its last token, without the head
     for first in range(0, width - 1, size):
@@ -502,15 +503,15 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     token, mask, positions = (x.repeat_interleave(n, 0) for x in (ids[:, -1], mask, positions))
     stops = torch.tensor(stops, dtype=torch.long, device=device)
     alive = torch.arange(len(token), device=device)  # the rows that go on
-    tokens, logprobs = torch.zeros_like(draws, dtype=torch.long), torch.zeros_like(draws)
-    for step in progress(range(draws.shape[1]), f"{label}, {len(alive)} rows, tokens"):
+    tokens, logprobs = torch.zeros_like(uniforms, dtype=torch.long), torch.zeros_like(uniforms)
+    for step in progress(range(uniforms.shape[1]), f"{label}, {len(alive)} rows, tokens"):
         seen = width + step
         logits = model(input_ids=token[:, None], attention_mask=mask[:, :seen],
                        position_ids=positions[:, seen - 1:seen], **options).logits[:, -1]
         pi = logits.float().div_(temperature or 1.0).softmax(-1)  # [rows, vocabulary]
         if temperature:  # invert the distribution function: so a row's draw is its own
             cdf = pi.cumsum(-1)
-            point = (1 - draws[alive, step])[:, None] * cdf[:, -1:]  # > 0: never a token of probability 0
+            point = (1 - uniforms[alive, step])[:, None] * cdf[:, -1:]  # > 0: never a token of probability 0
             token = torch.searchsorted(cdf, point)[:, 0].clamp(max=cdf.shape[1] - 1)  # NaN is refused below
         else:
             token = logits.argmax(-1)
@@ -528,7 +529,6 @@ def decode(model: nn.Module, prompts: list[list[int]], n: int, temperature: floa
     return [(t[:end], p[:end]) for t, p, end in zip(tokens.tolist(), logprobs.tolist(), ends.tolist())]
 
 # GRPO (arXiv 2402.03300): loss = - sum_i A_i log pi(y_i | x) / tokens, A_i = (r_i - mean) / std -------------
-# A batch serves one step, by the weights it is of: the ratio is 1, no clip. A round starts at v = 0: no KL.
 
 def group_advantages(rewards: Sequence[float], group_size: int) -> Tensor:
     """A_i = (r_i - mean) / std (the population's) by group, fp32 [groups, group_size]; 0 in flat ones."""
@@ -540,19 +540,19 @@ def policy_gradient(model: nn.Module, prompt: list[int], completions: Sequence[C
                     advantages: Sequence[float], temperature: float) -> None:
     """Backward pass of - sum_i A_i log pi(y_i) on one sequence: the prompt, its completions side by side,
     each seeing the prompt and itself. The head's comes first, in chunks: all logits never exist at once."""
-    row, shared, targets = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1, []
+    row, start, predicted = [(token, 0, i) for i, token in enumerate(prompt[:-1])], len(prompt) - 1, []
     for j, (c, a) in enumerate(zip(completions, advantages, strict=True), 1):
         # (token, owner, position), from the prompt's last token on: it predicts the completion's first.
-        row += [(token, j, shared + k) for k, token in enumerate(prompt[-1:] + c.tokens[:-1])]
-        targets += [(token, logprob, a) for token, logprob in zip(c.tokens, c.logprobs, strict=True)]
+        row += [(token, j, start + k) for k, token in enumerate(prompt[-1:] + c.tokens[:-1])]
+        predicted += [(token, logprob, a) for token, logprob in zip(c.tokens, c.logprobs, strict=True)]
     ids, owner, position = (torch.tensor([x], device=model.device) for x in zip(*row, strict=True))
-    tokens, drawn, advantage = (torch.tensor(x, device=model.device) for x in zip(*targets, strict=True))
+    tokens, drawn, advantage = (torch.tensor(x, device=model.device) for x in zip(*predicted, strict=True))
     options, about, gap = {}, model.config.get_text_config(), 0.0
     if len(completions) > 1:  # else the model's own causal mask does
         sees = ((owner == 0) | (owner == owner.T)).tril()  # [position, position]
         mask = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         options = {"attention_mask": mask[None, None], "position_ids": position}
-    states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, shared:]
+    states = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state[0, start:]
     size, cap = max(1, 2**25 // about.vocab_size), getattr(about, "final_logit_softcapping", None)  # Gemma 2
     leaf = states.detach().requires_grad_()
     for x, token, log_pi, a in zip(*(y.split(size) for y in (leaf, tokens, drawn, advantage)), strict=True):
@@ -683,7 +683,7 @@ def to_json(value: Any) -> str:
     """JSON; tensors and numpy's numbers as plain ones, sets in order, Datasets as rows, objects as fields."""
     return json.dumps(value, default=lambda x: (
         sorted(x, key=repr) if isinstance(x, (set, frozenset)) else x.tolist() if hasattr(x, "tolist")
-        else x.to_list() if hasattr(x, "to_list") else getattr(x, "__dict__", type(x).__name__)))
+        else x.to_list() if hasattr(x, "to_list") else getattr(x, "__dict__", repr(x))))
 
 def claim(out: File, settings: Record) -> Record:
     """Lock a run folder until the process ends; its next config.json. InputError where settings differ."""
@@ -696,12 +696,13 @@ def claim(out: File, settings: Record) -> Record:
     on_first_process(load, lock, path.with_name(".lock"), advice=f"is {out} in use by another process?")
     there = read_rows(path, ["data"])[0] if path.exists() else {}
     require(there or not {"rounds.jsonl", "model"} & {*os.listdir(out)}, f"no {path}: choose another --out")
-    here = {"data": there.get("data"), **json.loads(to_json(settings))}  # not known at a script's first claim
+    here = {x: there.get(x) for x in ("data", "base")} | json.loads(to_json(settings))  # a script's: not yet
     may_change = {"rounds", "versions", "test_every", "export_lora", "micro_batch_tokens", "workers"}
     differing = [f"{key} {there.get(key)!r} there, {here.get(key)!r} here"
                  for key in sorted({*there, *here} - may_change) if there and there.get(key) != here.get(key)]
     require(not differing, f"{out} holds another run ({'; '.join(differing)}): choose another --out")
-    return here | {"versions": {"torch": torch.__version__, "safetensors": safetensors.__version__}}
+    loaded = [name for name in ("torch", "transformers", "safetensors", "datasets") if name in sys.modules]
+    return here | {"versions": {name: sys.modules[name].__version__ for name in loaded}}
 
 def read_state(out: Path, learner: Any) -> list[Record]:
     """The lines of rounds.jsonl, [] before the first, with the learner brought to the last of them."""
@@ -724,6 +725,7 @@ class FullFineTuning:
     """The baseline, --method full: all weights are trained in place. It is what `boost` asks of a learner."""
     def __init__(self, model: nn.Module, config: BoostConfig):
         self.model, self.config, self.done = model.requires_grad_(False), config, 0
+        self.checksum = checksum(model)
 
     def attach(self) -> list[nn.Parameter]:
         return [*self.model.requires_grad_(True).parameters()]
@@ -739,8 +741,6 @@ class FullFineTuning:
 
     def resume(self, path: Path, rounds: int) -> None:
         weights = load(safetensors.torch.load_file, path.with_name(f"weights-{rounds}.safetensors"))
-        mine, theirs = ({n: p.shape for n, p in x} for x in (self.model.named_parameters(), weights.items()))
-        require(mine == theirs, f"{path.parent} holds weights of another model: choose another --out")
         self.model.load_state_dict(weights, strict=False)
         self.done = rounds
 
@@ -825,15 +825,14 @@ class TextTask:
     """A task for `boost`, learned by GRPO. prompt(example) -> what is asked, in the chat template, if there
     is one; grade(texts, examples) -> rewards, right from 1 on; lenient: a grade for the record alone."""
     def __init__(self, model: nn.Module, tokenizer: Any, train: Sequence, tests: dict[str, Sequence],
-                 config: GRPOConfig, prompt: Callable, grade: Callable, lenient: Callable | None = None,
-                 seed: int | None = None):
-        self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, seed
+                 config: GRPOConfig, prompt: Callable, grade: Callable, lenient: Callable | None = None):
+        self.model, self.tokenizer, self.config, self.seed = model, tokenizer, config, 0  # see `boost`
         self.train, self.tests, self.prompt, self.grade, self.lenient = train, tests, prompt, grade, lenient
         require("train" not in tests, "a test set cannot be called train, as the training set's figures are")
         self.effort = 1.5 * config.epochs * config.group_size  # training costs half of sampling
-        ids = tokenizer(self.prompts(sum(map(list, tests.values()), list(train))))["input_ids"]
+        ids = tokenizer(self.prompts(sum(map(list, tests.values()), list(train))), add_special_tokens=False)
         most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-        room = most - max(map(len, ids), default=0)
+        room = most - max(map(len, ids["input_ids"]), default=0)
         require(config.max_new_tokens <= room, f"--max_new_tokens: the longest prompt leaves room for {room}")
 
     def prompts(self, examples: Sequence[Any]) -> list[str]:
@@ -863,8 +862,9 @@ def read_rows(path: File, fields: Sequence[str], hub: str = "", split: str = "")
         advice = "give --train_file and --test_file, or try --demo"
         return list(load(load_dataset, *hub.split(":"), split=split, advice=advice))
     def read(path: File) -> list[Any]:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            return json.loads("[" + ",\n".join(map(str.rstrip, file)) + "]")  # an error's line is the file's
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+            rows = file.read().rstrip().replace("\n", ",\n")  # an error's line is the file's
+            return json.loads(f"[{rows}]")
     rows = load(read, path, advice="it takes one JSON object a line, in UTF-8")
     require(rows, f"{path}: the file is empty")
     for number, row in enumerate(rows, 1):

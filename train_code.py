@@ -112,17 +112,17 @@ def main() -> None:
     args, boosting, training, limits = parse((RunConfig, BoostConfig, GRPOConfig, SandboxConfig), __doc__,
                                              DEFAULTS, DEMO)
     settings = {**asdict(args), **asdict(boosting), **asdict(training), **asdict(limits)}
-    claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
+    known = claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
     with Sandbox(**asdict(limits)) as sandbox:
         if args.demo:
             base = Path(args.out) / "base"
-            on_first_process(lambda: base.exists() or replace(base, lambda new: make_demo(new, boosting)))
+            on_first_process(lambda: known["base"] or replace(base, lambda new: make_demo(new, boosting)))
             args.model = f"{base}"
             args.train_file, args.test_file = f"{base}/train.jsonl", f"{base}/test.jsonl"
         train, tests = load_data(args)
         model, tokenizer = load_language_model(args, boosting)
         train = sampled(train, args.limit or len(train), boosting.seed, "limit")
-        task = TextTask(model, tokenizer, train, tests, training, seed=boosting.seed,
+        task = TextTask(model, tokenizer, train, tests, training,
                         prompt=lambda problem: problem["text" if args.demo else "ask"],
                         grade=lambda texts, problems: sandbox.run([*map(program, problems, texts)]))
         finish(args, boosting, settings, task, tokenizer)
