@@ -112,11 +112,11 @@ def main() -> None:
     args, boosting, training, limits = parse((RunConfig, BoostConfig, GRPOConfig, SandboxConfig), __doc__,
                                              DEFAULTS, DEMO)
     settings = {**asdict(args), **asdict(boosting), **asdict(training), **asdict(limits)}
-    known = claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
+    claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
     with Sandbox(**asdict(limits)) as sandbox:
         if args.demo:
             base = Path(args.out) / "base"
-            on_first_process(lambda: known["base"] or replace(base, lambda new: make_demo(new, boosting)))
+            on_first_process(lambda: base.exists() or replace(base, lambda new: make_demo(new, boosting)))
             args.model = f"{base}"
             args.train_file, args.test_file = f"{base}/train.jsonl", f"{base}/test.jsonl"
         train, tests = load_data(args)

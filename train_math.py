@@ -73,10 +73,10 @@ def demo_grades(texts: list[str], problems: list[dict[str, str]]) -> list[bool]:
 def main() -> None:
     args, boosting, training = parse((MathConfig, BoostConfig, GRPOConfig), __doc__, DEFAULTS, DEMO)
     settings = {**asdict(args), **asdict(boosting), **asdict(training)}
-    known = claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
+    claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
     if args.demo:
         base = Path(args.out) / "base"
-        on_first_process(lambda: known["base"] or replace(
+        on_first_process(lambda: base.exists() or replace(
             base, lambda new: make_demo(new, boosting, args.demo_wrong.split())))
         args.model, args.train_file, args.test_file = f"{base}", f"{base}/train.jsonl", f"{base}/test.jsonl"
     train = load_problems(args.train_file, "openai/gsm8k:main", "train")

@@ -267,10 +267,10 @@ def load_esm(args: RunConfig, boosting: BoostConfig) -> tuple[PairClassifier, Es
 def main() -> None:
     args, boosting, training = parse((RunConfig, BoostConfig, CEConfig), __doc__, DEFAULTS, DEMO)
     settings = {**vars(args), **vars(boosting), **vars(training)}
-    known = claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
+    claim(settings.pop("out"), settings)  # refuses what does not fit before anything slow
     if args.demo:
         base = Path(args.out) / "base"
-        on_first_process(lambda: known["base"] or replace(base, lambda new: make_demo(new, boosting)))
+        on_first_process(lambda: base.exists() or replace(base, lambda new: make_demo(new, boosting)))
         args.model, args.train_file = f"{base}", f"{base}/pairs.csv"
     train = load_pairs(args.train_file or on_first_process(lambda: load(
         hf_hub_download, *HUB, repo_type="dataset", advice="give --train_file, or try --demo")))
