@@ -65,7 +65,7 @@ class Settings:
     def __post_init__(self):
         for name, kind in [(field.name, field.type) for field in dataclasses.fields(self)]:
             value, least, choices = getattr(self, name), self.least.get(name, 0), get_args(kind)
-            require(not choices or value in choices, f"--{name} {value!r}: must be one of {', '.join(choices)}")
+            require(not choices or value in choices, f"--{name} {value!r}: must be one of {choices}")
             if kind in (int, float):
                 fits = (hasattr(value, "__index__") or isinstance(value, kind)) and least <= value < math.inf
                 require(fits, f"--{name} {value!r}: must be at least {least}, of type {kind.__name__}")
@@ -99,7 +99,7 @@ class GRPOConfig(Settings):
 @dataclasses.dataclass
 class CEConfig(Settings):
     """Cross-entropy on labelled batches; the task makes them, and does the line search (train_protein)."""
-    epochs: int = setting(1, "passes over the round's examples, rounded up to whole steps")
+    epochs: int = setting(1, "passes over the round's examples")
     batch_tokens: int = setting(8192, "tokens per step, padding included")
     lr: float = setting(1e-2, "Adam's learning rate: about how far each number moves in a step")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
@@ -274,7 +274,7 @@ class Booster:
 
     def summary(self) -> Record:
         """For the record: norm of the last round's update, all targets; of the sum, norm, rank, fidelity."""
-        ranks, last = self.rank().values(), range(len(self.vectors))[-1:]  # empty before any round
+        ranks, last = self.rank().values(), [len(self.vectors) - 1] if self.vectors else []
         squares = sum(float(self.core(name, last).square().sum()) for name in self.targets)
         return {"norm": math.sqrt(squares), "total_norm": math.sqrt(self.total),
                 "rank": {"min": min(ranks), "max": max(ranks)}, "fidelity": self.fidelity()}
@@ -282,7 +282,7 @@ class Booster:
     def save(self, path: File) -> None:
         """Write v of all rounds [rounds, groups, u], 4 bytes a number, and what rebuilds the rest."""
         v = torch.stack(self.vectors) if self.vectors else torch.zeros(0, self.groups, self.config.u)
-        about = json.dumps({"format": 2, "config": vars(self.config), "base": self.checksum})
+        about = to_json({"format": 2, "config": vars(self.config), "base": self.checksum})
         replace(path, lambda new: safetensors.torch.save_file({"v": v}, new, {"boostlora": about}))
 
     @staticmethod
@@ -374,7 +374,7 @@ def boost(booster: Any, task: Any, out: File, test_every: int = 0, settings: Rec
 
 def select(train: Sequence[Any], failed: list[int], config: BoostConfig, t: int) -> list[Any]:
     """The examples of round t: F_t, and floor(replay |F_t|) right ones (-1: all), by (seed, t)."""
-    right = sorted(set(range(len(train))).difference(failed))
+    right = sorted({*range(len(train))} - {*failed})
     wanted = len(right) if config.replay < 0 else int(config.replay * len(failed))
     return [train[i] for i in sorted(failed + sampled(right, wanted, config.seed, "replay", t))]
 
@@ -407,7 +407,7 @@ def measure(booster: Any, task: Any, records: list[Record], t: int, test_every: 
     found |= {"failures": len(failed), "fixed": len({*before} - {*failed}) if records else 0,
               "regressed": len({*failed} - {*before}), "train_accuracy": 1 - len(failed) / len(everything)}
     due = t < 0 or last or not failed or (test_every and (t + 1) % test_every == 0)
-    for name, examples in task.tests.items() if due else ():
+    for name, examples in (task.tests if due else {}).items():
         wrong, metrics = failures(task, examples, range(len(examples)))
         base = records[0][f"{name}_failed"] if records else wrong
         figures = {"accuracy": 1 - len(wrong) / len(examples), **metrics, "fixed": len({*base} - {*wrong}),
@@ -591,8 +591,8 @@ def grpo(model: nn.Module, tokenizer: Any, prompts: Sequence[str], reward: Calla
         for j in advantages.any(1).nonzero().flatten().tolist():  # groups with variance
             prompt, group = ids[chosen[j]], done[j * n:(j + 1) * n]
             room = (config.micro_batch_tokens - len(prompt)) // max(len(c.tokens) for c in group)
-            cuts = range(0, n, max(1, room) if masked else 1)
-            parts += [(prompt, group[k:k + cuts.step], advantages[j, k:k + cuts.step].tolist()) for k in cuts]
+            row = max(1, room) if masked else 1  # completions side by side
+            parts += [(prompt, group[k:k + row], advantages[j, k:k + row].tolist()) for k in range(0, n, row)]
         if parts:
             optimizer.zero_grad()
             for part in parts[process()::processes()]:
@@ -669,7 +669,7 @@ def progress(items: Iterable, label: str) -> Iterable:
 # is there; one without is done again, with the same random numbers, on one machine to the same bits.
 
 def replace(path: File, write: Callable[[Path], Any]) -> None:
-    """write(new) makes a file or a folder; whole, it takes the place of `path` (a folder goes first)."""
+    """write(new) makes a file or a folder beside `path`; once it is whole, it takes the place of `path`."""
     path, new = Path(path), Path(f"{path}.tmp")
     if process():
         return
@@ -830,9 +830,9 @@ class TextTask:
         self.train, self.tests, self.prompt, self.grade, self.lenient = train, tests, prompt, grade, lenient
         require("train" not in tests, "a test set cannot be called train, as the training set's figures are")
         self.effort = 1.5 * config.epochs * config.group_size  # training costs half of sampling
-        ids = tokenizer(self.prompts(sum(map(list, tests.values()), list(train))), add_special_tokens=False)
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-        room = most - max(map(len, ids["input_ids"]), default=0)
+        prompts = self.prompts([example for examples in (train, *tests.values()) for example in examples])
+        longest = max(map(len, tokenizer(prompts, add_special_tokens=False)["input_ids"]), default=0)
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf) - longest
         require(config.max_new_tokens <= room, f"--max_new_tokens: the longest prompt leaves room for {room}")
 
     def prompts(self, examples: Sequence[Any]) -> list[str]:
@@ -876,7 +876,7 @@ def pretrain(model: nn.Module, batch: Callable[[], dict[str, Tensor]], steps: in
     """A demo's base model: AdamW on the model's own loss of batch(), its keyword inputs with `labels`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.05)
-    print("pre-training the demo's base model, about a minute", flush=True)
+    say("pre-training the demo's base model, about a minute")
     for _ in progress(range(steps), "pre-training"):
         optimizer.zero_grad()
         model(**batch()).loss.backward()

@@ -236,7 +236,7 @@ def test_merging_is_one_rounding_of_targets_and_the_summary_tells_what_was_lost(
 @pytest.mark.parametrize("dtype", [fp32, bf16])
 def test_rollback_save_load_give_the_same_bits(tmp_path, dtype):
     path, history = tmp_path / "adapters.safetensors", [bits(qwen(dtype))]
-    booster = Booster(model := qwen(dtype), BoostConfig(rounds=3, u=3, groups=4))
+    booster = Booster(model := qwen(dtype), BoostConfig(rounds=np.int64(3), u=3, groups=4))
     for t in range(3):
         draw(booster.attach(), t)
         model.requires_grad_(True)  # as a program of one's own may have left it
@@ -938,7 +938,7 @@ both_ways = pytest.mark.parametrize("namespaces", [True, False])
 # Each stands before a right function, if it says no `f` itself: only the attack can be why it fails.
 ATTACKS = {
     "loop": "while True: pass", "loop in f": "def f(x):\n    while True: pass", "sleep": "time.sleep(99)",
-    "4 GB": "import mmap\nx = mmap.mmap(-1, 4 << 30)", "print": "print('x' * 10**9)",
+    "4 GB": "import mmap\nx = mmap.mmap(-1, 4 << 30)", "print": "print('x' * 10**8)",
     "disk": "for n in range(9999): open(str(n), 'w').write('x' * 10**6)",
     "many files": "for n in range(2000): open(str(n), 'w')",
     "many threads": "import threading\nthreading.stack_size(32768)\nfor n in range(99): "

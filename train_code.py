@@ -38,7 +38,7 @@ DEMO = {"out": "runs/code-demo", "rounds": 8, "rank": 4, "u": 16, "groups": 0, "
 class SandboxConfig(Settings):
     """What a candidate, the code of one completion, may take; and, apart, the judge of it."""
     workers: int = setting(0, "candidates that run at a time; 0: one for each CPU of this process")
-    cpu_seconds: float = setting(12.0, "CPU time of a candidate; MBPP's slowest solution takes 4.7 s")
+    cpu_seconds: float = setting(12.0, "CPU time of a candidate, rounded up: MBPP's slowest takes 4.7")
     wall_seconds: float = setting(30.0, "time by the clock of a candidate and its tests together")
     memory_mb: int = setting(1024, "address space of a candidate, in MiB")
     least: ClassVar = {"cpu_seconds": 1e-3, "wall_seconds": 1e-3, "memory_mb": 128}
@@ -81,7 +81,8 @@ def load_data(args: RunConfig) -> tuple[list, dict[str, list]]:
     train, held_out = ([p for p in rows if p["task_id"] in ids] for ids in (TRAIN_IDS, TEST_IDS))
     require(train, f"{args.train_file}: no row has one of MBPP's training task_ids, 601 to 974")
     tests = {"mbpp": held_out} if held_out else {}
-    say(f"of {len(rows)} tasks {len(train)} train (task_ids 601 to 974), {len(held_out)} test (11 to 510)")
+    test = f", {len(held_out)} test (11 to 510)" if held_out else ""
+    say(f"of {len(rows)} tasks {len(train)} train (task_ids 601 to 974){test}")
     sources = [(Path(f).name.split(".")[0].lower(), f, "") for f in args.test_file.split(",") if f]
     standard = [("mbpp", "", MBPP)] * (not held_out) + [("humaneval", "", HUMANEVAL)]
     require(len({name for name, *_ in sources}) == len(sources), "--test_file: two files have one name")
@@ -240,7 +241,7 @@ def judge(requests, answers, end):
         found, imported = ask(code, "exec", theirs | modules)
         space = {name: value for name, value in found.items() if name in theirs}
         for name in imported.keys() & (theirs | modules):
-            if imported[name] in sys.stdlib_module_names - {"antigravity"}:  # which opens a browser
+            if imported[name] in sys.stdlib_module_names:
                 space[name] = importlib.import_module(imported[name])  # never the candidate's object
         exec(program, space)  # noqa: S102 - the tests are the data set's
     except BaseException:  # noqa: BLE001
@@ -351,7 +352,6 @@ def start(conf):
         os._exit(FAILED)
     os.dup2(1, 2)  # 1 is /dev/null
     if child == 0:
-        os.dup2(1, 0)
         os.dup2(answers[1], 4)
         return candidate(conf["filter"])
     os.close(requests[0])
@@ -436,7 +436,7 @@ class Sandbox(ThreadPoolExecutor):
         for command in ["chmod", "-R", "u+rwx"], ["rm", "-rf"]:  # the candidate may have closed its folders
             subprocess.run([*command, folder], check=False)
         if done.returncode in (PASSED, FAILED) or done.returncode < 0:  # by a signal
-            return done.returncode == PASSED and len(code) <= 1_000_000
+            return done.returncode == PASSED
         reason = [done.returncode, *done.stderr.decode(errors="replace").splitlines()][-1]
         require(again, f"the sandbox cannot start: {reason}")
         return self.judge(code, tests, again=False)
@@ -470,7 +470,7 @@ def problem_rows(random: random.Random, ids: list[int]) -> Iterator[dict[str, An
         tests = [f"assert f({x}) == {space['f'](x)}" for x in random.sample(range(-9, 20), 3)]
         yield {"task_id": task_id, "text": text, "code": code, "test_setup_code": "", "test_list": tests}
 
-def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
+def make_demo(folder: Path, boosting: BoostConfig) -> None:
     """Pre-train the demo's base model; write it, its tokenizer, train.jsonl and test.jsonl to `folder`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     characters = {c: i for i, c in enumerate(["<pad>", "<end>", *"0123456789+-*=,():xfĠĊ"])}  # Ġ: space
@@ -489,7 +489,7 @@ def make_demo(folder: Path, boosting: BoostConfig, steps: int = 400) -> None:
         texts = ["{}\n{}<end>".format(*exercise(numbers, noisy=True)) for _ in range(128)]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         return {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100), **batch}
-    pretrain(model, batch, steps)
+    pretrain(model, batch, 400)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rows = [(row["task_id"], json.dumps(row)) for row in problem_rows(numbers, [*TRAIN_IDS, *TEST_IDS])]

@@ -80,7 +80,7 @@ def main() -> None:
             base, lambda new: make_demo(new, boosting, args.demo_wrong.split())))
         args.model, args.train_file, args.test_file = f"{base}", f"{base}/train.jsonl", f"{base}/test.jsonl"
     train = load_problems(args.train_file, "openai/gsm8k:main", "train")
-    sources = {Path(args.test_file).stem: (args.test_file, "")} if args.test_file else {
+    sources = {Path(args.test_file).name.split(".")[0]: (args.test_file, "")} if args.test_file else {
         "gsm8k": ("", "openai/gsm8k:main"), "math500": ("", "HuggingFaceH4/MATH-500")}
     tests = {name: load_problems(path, hub, "test")[:args.test_limit or None]
              for name, (path, hub) in sources.items()}

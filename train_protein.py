@@ -107,11 +107,11 @@ def connected(rows: list[Pair]) -> list[list[int]]:
         before, group = group, group.scatter_reduce(0, row, least[key], "amin")
     return [(group == first).nonzero().flatten().tolist() for first in group.unique()]
 
-def split(rows: list[Pair], seed: int, share: float = 0.2) -> tuple[list[Pair], list[Pair]]:
-    """(train, test): whole groups, in a seeded order, are held out where they fit in `share` of the rows."""
+def split(rows: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
+    """(train, test): whole groups, in a seeded order, are held out where they fit in a fifth of the rows."""
     groups, test = connected(rows), set()
     for g in torch.randperm(len(groups), generator=generator(seed, "split")).tolist():
-        if len(test) + len(groups[g]) <= share * len(rows):
+        if len(test) + len(groups[g]) <= 0.2 * len(rows):
             test.update(groups[g])
     say(f"{len(groups):,} groups of connected rows; {len(test):,} rows are held out")
     return [r for i, r in enumerate(rows) if i not in test], [r for i, r in enumerate(rows) if i in test]
